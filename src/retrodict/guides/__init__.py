@@ -1,0 +1,1 @@
+"""Guides: log psi on partial objects."""

@@ -1,0 +1,1 @@
+"""Language models: token ids to logits with a cache."""

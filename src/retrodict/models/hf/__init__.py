@@ -1,0 +1,1 @@
+"""Hugging Face models: the only room that knows transformers and peft."""

@@ -1,0 +1,1 @@
+"""Policies: where a model meets a space."""

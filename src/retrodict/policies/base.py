@@ -1,0 +1,250 @@
+"""Policies over spaces whose moves can be listed: sample by stepping, score by replaying."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retrodict.numerics import NEG_INF, sample_categorical
+from retrodict.protocols import Carry, Problems, State
+from retrodict.records import FORCED, FREE, MUST_MOVE, MUST_STOP, PAD, Menu, Rollouts, Scores
+
+
+def over_menu(
+    log_move: Float[Tensor, "b v"], log_stop: Float[Tensor, "b s"], menu: Menu
+) -> tuple[Float[Tensor, "b v"], Float[Tensor, "b s"]]:
+    """Renormalise jointly over what the menu allows; forced moves and stops get log-probability 0."""
+    if menu.legal is not None:
+        log_move = log_move.masked_fill(~menu.legal, NEG_INF)
+    log_stop = log_stop.masked_fill(~menu.can_stop[:, None], NEG_INF)
+    norm = torch.logaddexp(log_move.logsumexp(-1), log_stop.logsumexp(-1))[:, None]
+    log_move, log_stop = log_move - norm, log_stop - norm
+    stop_now = (menu.must == MUST_STOP)[:, None]
+    if stop_now.any():
+        only_first = torch.full_like(log_stop, NEG_INF)
+        only_first[:, 0] = 0.0
+        log_move = torch.where(stop_now, NEG_INF, log_move)
+        log_stop = torch.where(stop_now, only_first, log_stop)
+    if menu.forced is not None:
+        put = (menu.must == MUST_MOVE)[:, None]
+        only = torch.full_like(log_move, NEG_INF).scatter(1, menu.forced[:, None], 0.0)
+        log_move = torch.where(put, only, log_move)
+        log_stop = torch.where(put, NEG_INF, log_stop)
+    return log_move, log_stop
+
+
+def choose(
+    log_move: Float[Tensor, "b v"], log_stop: Float[Tensor, "b s"], gen: torch.Generator
+) -> tuple[Int[Tensor, " b"], Int[Tensor, " b"]]:
+    """Draw a move or a stop from a joint distribution: (move, stop), stop = -1 where a move was drawn."""
+    stop_mass = log_stop.logsumexp(-1)
+    coin = torch.rand(len(stop_mass), generator=gen, device=stop_mass.device, dtype=torch.float64)
+    stops = coin < stop_mass.double().exp()
+    stop = torch.where(stops, sample_categorical(log_stop, gen), -1)
+    return sample_categorical(log_move, gen), stop
+
+
+def tempered(log_move: Tensor, log_stop: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The behaviour's distribution at another temperature."""
+    if temperature == 1.0:
+        return log_move, log_stop
+    joint = (torch.cat([log_move, log_stop], -1) / temperature).log_softmax(-1)
+    return joint[:, : log_move.shape[1]], joint[:, log_move.shape[1] :]
+
+
+class FiniteStepper:
+    """Base of policies that list log-probabilities of all moves. Subclasses give the Stepper methods."""
+
+    space: Any
+    problems: Problems
+
+    def start(self, problem: Int[Tensor, " b"]) -> Carry:
+        """Carry of b empty objects."""
+        raise NotImplementedError  # abstract
+
+    def log_probs(self, c: Carry, s: State, menu: Menu, raw: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of moves and stops, see ``protocols.Stepper``."""
+        raise NotImplementedError  # abstract
+
+    def step(self, c: Carry, s: State, move: Tensor) -> Carry:
+        """Carry after a move; ``s`` is the state before it."""
+        raise NotImplementedError  # abstract
+
+    def take(self, c: Carry, index: Tensor) -> Carry:
+        """Rows ``index``."""
+        raise NotImplementedError  # abstract
+
+    def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> Carry:
+        """Carry after the first ``upto`` moves of recorded rows (rows may differ)."""
+        raise NotImplementedError  # abstract
+
+    def sample(
+        self, problem: Int[Tensor, " b"], gen: torch.Generator, behaviour: Mapping[str, Any] | None = None
+    ) -> Rollouts:
+        """Draw one object a row; see :func:`rollout`."""
+        return rollout(self, problem, gen, behaviour=behaviour)
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts, raw: bool = False) -> Scores:
+        """log q of every recorded move and of every stop, by replaying step by step."""
+        b, t = rollouts.moves.shape[:2]
+        s = self.space.replay(rollouts, torch.zeros_like(rollouts.n))
+        c = self.start(rollouts.problem)
+        rows = torch.arange(b, device=rollouts.n.device)
+        log_q, log_stop = [], []
+        for i in range(t + 1):
+            menu = self.space.menu(s)
+            move_lp, stop_lp = self.log_probs(c, s, menu, raw)
+            full = stop_lp.new_full((b, stop_lp.shape[1]), NEG_INF)
+            full[rows] = stop_lp
+            log_stop.append(full)
+            if i == t:
+                break
+            on = (rollouts.n[rows] > i).nonzero().squeeze(1)
+            move = rollouts.moves[rows[on], i]
+            step_lp = move_lp.new_zeros(b)
+            free = rollouts.kind[rows[on], i] == FREE
+            step_lp[rows[on]] = torch.where(free, move_lp[on].gather(1, move[:, None]).squeeze(1), 0.0)
+            log_q.append(step_lp)
+            rows, c, s = rows[on], self.take(c, on), self.space.take(s, on)
+            if len(rows):
+                c, s = self.step(c, s, move), self.space.step(s, move)
+            else:
+                log_q += [move_lp.new_zeros(b)] * (t - i - 1)
+                log_stop += [stop_lp.new_full((b, stop_lp.shape[1]), NEG_INF)] * (t - i)
+                break
+        moves = torch.stack(log_q, 1) if t else rollouts.log_q[:, :0]
+        return Scores(moves, torch.stack(log_stop, 1))
+
+
+class Tape:
+    """Records trajectories step by step for rows that end at different times."""
+
+    def __init__(self, problem: Tensor, n_stops: int, t: int, dtype: torch.dtype) -> None:
+        b, device = len(problem), problem.device
+        self.problem = problem
+        zeros = {"device": device, "dtype": dtype}
+        self.moves = torch.zeros(b, t, dtype=torch.long, device=device)
+        self.kind = torch.full((b, t), PAD, dtype=torch.int8, device=device)
+        self.n = torch.zeros(b, dtype=torch.long, device=device)
+        self.stop = torch.zeros(b, dtype=torch.long, device=device)
+        self.can_stop = torch.zeros(b, t + 1, dtype=torch.bool, device=device)
+        self.log_q = torch.zeros(b, t, **zeros)
+        self.log_p = torch.zeros(b, t, **zeros)
+        self.log_b = torch.zeros(b, t + 1, **zeros)
+        self.log_pb = torch.zeros(b, t, **zeros)
+        self.log_stop = torch.full((b, t + 1, n_stops), NEG_INF, **zeros)
+        self.log_p_stop = torch.full((b, t + 1, n_stops), NEG_INF, **zeros)
+
+    def at_state(self, rows: Tensor, i: Tensor, menu: Menu, log_stop: Tensor, log_p_stop: Tensor | None) -> None:
+        """Record what could have ended at the present state of ``rows``, whose move count is ``i``."""
+        self.can_stop[rows, i] = menu.can_stop
+        self.log_stop[rows, i] = log_stop.to(self.log_stop.dtype)
+        if log_p_stop is not None:
+            self.log_p_stop[rows, i] = log_p_stop.to(self.log_stop.dtype)
+
+    def take(self, index: Tensor) -> None:
+        """Gather rows (resampling)."""
+        for name, x in vars(self).items():
+            setattr(self, name, x[index])
+
+    def some(self, index: Tensor, raw_name: str | None) -> Rollouts:
+        """The record of some rows."""
+        part = object.__new__(Tape)
+        vars(part).update({name: x[index] for name, x in vars(self).items()})
+        return part.rollouts(raw_name)
+
+    def rollouts(self, raw_name: str | None, behaviour: Mapping[str, Any] | None = None) -> Rollouts:
+        """The record, cut to the longest row; raw model values become term ``raw_name``."""
+        t = int(self.n.max()) if len(self.n) else 0
+        terms = {}
+        if raw_name is not None:
+            path = torch.cat([self.log_p.new_zeros(len(self.n), 1), self.log_p[:, :t].cumsum(1)], 1)
+            terms[raw_name] = path[:, :, None] + self.log_p_stop[:, : t + 1]
+            terms[f"{raw_name}.path"] = path  # without the stop: what a kept prefix is worth
+        return Rollouts(
+            problem=self.problem, moves=self.moves[:, :t], kind=self.kind[:, :t], n=self.n, stop=self.stop,
+            can_stop=self.can_stop[:, : t + 1], log_q=self.log_q[:, :t], log_stop=self.log_stop[:, : t + 1],
+            log_b=self.log_b[:, : t + 1], log_pb=self.log_pb[:, :t], terms=terms, behaviour=dict(behaviour or {}),
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def rollout(
+    policy: FiniteStepper,
+    problem: Int[Tensor, " b"],
+    gen: torch.Generator,
+    *,
+    behaviour: Mapping[str, Any] | None = None,
+    record_raw: str | None = None,
+    prefix: tuple[Rollouts, Int[Tensor, " b"]] | None = None,
+) -> Rollouts:
+    """Draw one complete object a row by ancestral sampling.
+
+    ``behaviour={"temperature": T}`` tempers what is drawn from, never ``log_q``. ``record_raw`` names the term under
+    which the policy's raw log-probabilities are kept (``"prior"`` where the policy samples from the prior), so that p
+    and q of a weight come from the same pass. ``prefix=(rollouts, cut)`` keeps the first ``cut`` moves of given rows
+    and draws only the rest (``log_q`` of kept moves is copied).
+    """
+    temperature = float((behaviour or {}).get("temperature", 1.0))
+    space, device = policy.space, problem.device
+    rows = torch.arange(len(problem), device=device)
+    if prefix is None:
+        c, s, n = policy.start(problem), space.start(problem), torch.zeros_like(rows)
+    else:
+        c, s, n = policy.start_at(*prefix), space.replay(*prefix), prefix[1].clone()
+    tape: Tape | None = None
+    while len(rows):
+        menu = space.menu(s)
+        log_move, log_stop = policy.log_probs(c, s, menu)
+        if tape is None:
+            tape = Tape(problem, log_stop.shape[1], space.max_moves, log_stop.dtype)
+            if prefix is not None:
+                _keep(tape, *prefix, record_raw)
+        raw = policy.log_probs(c, s, menu, raw=True) if record_raw else None
+        tape.at_state(rows, n, menu, log_stop, raw[1] if raw else None)
+        b_move, b_stop = tempered(log_move, log_stop, temperature)
+        move, stop = choose(b_move, b_stop, gen)
+        ends = stop >= 0
+        tape.n[rows], tape.stop[rows] = n, stop.clamp_min(0)
+        tape.log_b[rows[ends], n[ends]] = b_stop[ends].gather(1, stop[ends, None]).squeeze(1)
+        on = (~ends).nonzero().squeeze(1)
+        rows, n, move = rows[on], n[on], move[on]
+        if not len(rows):
+            break
+        tape.moves[rows, n] = move
+        forced = menu.must[on] == MUST_MOVE
+        tape.kind[rows, n] = torch.where(forced, FORCED, FREE).to(torch.int8)
+        pick = (on, move)
+        tape.log_q[rows, n], tape.log_b[rows, n] = log_move[pick], b_move[pick]
+        if raw is not None:
+            tape.log_p[rows, n] = torch.where(forced, 0.0, raw[0][pick])
+        if len(on) < len(menu.must):
+            c, s = policy.take(c, on), space.take(s, on)
+        c, s = policy.step(c, s, move), space.step(s, move)
+        tape.log_pb[rows, n] = space.log_pb(s).to(tape.log_pb.dtype)
+        n = n + 1
+    if tape is None:
+        raise ValueError("no rows to sample")
+    return tape.rollouts(record_raw, behaviour)
+
+
+def _keep(tape: Tape, old: Rollouts, cut: Tensor, record_raw: str | None) -> None:
+    """Copy the first ``cut`` moves (and the states before them) of old rows onto the tape."""
+    t = old.moves.shape[1]
+    inside = torch.arange(t, device=cut.device) < cut[:, None]
+    for name in ("moves", "kind", "log_q", "log_pb"):
+        x = getattr(tape, name)
+        x[:, :t] = torch.where(inside, getattr(old, name), x[:, :t])
+    tape.log_b[:, :t] = torch.where(inside, old.log_b[:, :t], tape.log_b[:, :t])
+    tape.can_stop[:, :t] = inside & old.can_stop[:, :t]
+    tape.log_stop[:, :t] = torch.where(inside[:, :, None], old.log_stop[:, :t], tape.log_stop[:, :t])
+    if record_raw is not None and record_raw in old.terms:
+        path = old.terms[f"{record_raw}.path"]
+        tape.log_p[:, :t] = torch.where(inside, path[:, 1 : t + 1] - path[:, :t], tape.log_p[:, :t])
+        tape.log_p_stop[:, :t] = torch.where(inside[:, :, None], old.terms[record_raw][:, :t] - path[:, :t, None],
+                                             tape.log_p_stop[:, :t])  # fmt: skip

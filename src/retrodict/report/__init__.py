@@ -1,0 +1,1 @@
+"""Reports: compare methods, run folders, pages."""

@@ -1,0 +1,1 @@
+"""Samplers: (target, policy) to Particles."""

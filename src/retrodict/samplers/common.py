@@ -1,0 +1,179 @@
+"""What samplers share: the seed, the default proposal, and how an answer is put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retrodict.errors import InputError
+from retrodict.numerics import NEG_INF, at_end
+from retrodict.particles import Particles
+from retrodict.policies.base import FiniteStepper, rollout
+from retrodict.policies.guided import GuidedPolicy
+from retrodict.records import Rollouts, Trace, cat_rollouts
+from retrodict.targets.algebra import Target
+
+OnStep = Callable[[int, int], None]
+"""Called as (done, of) while a sampler works; it may show progress but must not change anything."""
+
+BATCH = 512
+"""Rows drawn at once by samplers without interaction."""
+
+
+def proposal(target: Target, policy: FiniteStepper | None) -> FiniteStepper:
+    """The policy to draw from: the caller's, or the prior, bent by the target's guide where that lists moves."""
+    if policy is None:
+        if target.prior is None:
+            raise InputError("this target has no prior to draw from; give a policy")
+        policy = (
+            target.prior if target.guide is None or not target.guide.hard else GuidedPolicy(target.prior, target.guide)
+        )
+    if policy.space is not target.space and policy.space != target.space:
+        raise InputError("the policy draws from another space than the target's; build both from one space")
+    return policy
+
+
+def base_of(policy: FiniteStepper) -> FiniteStepper:
+    """What a guided policy bends; any other policy itself."""
+    return policy.base if isinstance(policy, GuidedPolicy) else policy
+
+
+def prior_name(target: Target, policy: FiniteStepper) -> str | None:
+    """The name of the prior's term where the policy's own model is that prior: p is then read off q's pass."""
+    prior = target.prior
+    if prior is None or "prior" not in target.factors:
+        return None
+    base = base_of(policy)
+    same = base is prior or (
+        type(base) is type(prior)
+        and getattr(base, "version", 0) == getattr(prior, "version", 1)
+        and base.problems is prior.problems
+        and base.space == prior.space
+    )
+    return "prior" if same else None
+
+
+def device_of(target: Target, policy: FiniteStepper | None) -> torch.device:
+    """Where the model is."""
+    for p in (policy, target.prior):
+        lm = getattr(base_of(p), "lm", None) if p is not None else None
+        if lm is not None:
+            return lm.device
+    return torch.device("cpu")
+
+
+def positive(**values: int) -> None:
+    """Raise InputError for a count below one."""
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def draw(
+    target: Target,
+    policy: FiniteStepper,
+    problem: Tensor,
+    gen: torch.Generator,
+    behaviour: Mapping[str, Any] | None = None,
+    on_step: OnStep | None = None,
+    batch: int = BATCH,
+) -> Rollouts:
+    """Independent draws, one a row of ``problem``, in batches, with the prior's term from the same pass."""
+    name = prior_name(target, policy)
+    parts = []
+    for i in range(0, len(problem), batch):
+        parts.append(rollout(policy, problem[i : i + batch], gen, behaviour=behaviour, record_raw=name))
+        if on_step is not None:
+            on_step(min(i + batch, len(problem)), len(problem))
+    joined = cat_rollouts(parts)
+    if name is None:
+        return joined
+    return joined.with_terms({}, {name: target.factors[name].version})
+
+
+def log_b_of(rollouts: Rollouts, start: Tensor | None = None) -> Float[Tensor, " b"]:
+    """log density of each object's path under the behaviour that drew it, from move ``start`` on (0 by default)."""
+    t = torch.arange(rollouts.log_b.shape[1], device=rollouts.n.device)
+    inside = t <= rollouts.n[:, None]
+    if start is not None:
+        inside = inside & (t >= start[:, None])
+    return torch.where(inside, rollouts.log_b.double(), 0.0).sum(1)
+
+
+def log_pb_of(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:
+    """Sum of log backward probabilities; 0 where the target has a prior over paths (CORRECTIONS, mathematics 2)."""
+    if target.prior is not None:
+        return torch.zeros(len(rollouts), dtype=torch.float64, device=rollouts.n.device)
+    t = torch.arange(rollouts.log_pb.shape[1], device=rollouts.n.device)
+    return torch.where(t < rollouts.n[:, None], rollouts.log_pb.double(), 0.0).sum(1)
+
+
+def why_zero(target: Target, rollouts: Rollouts) -> str:
+    """Which factor (or the proposal) made every weight zero."""
+    rollouts = target.terms(rollouts)
+    share = {}
+    for name in target.factors:
+        value = rollouts.terms[name]
+        value = at_end(value, rollouts.n, rollouts.stop) if value.dim() > 1 else value
+        share[name] = (value == NEG_INF).float().mean().item()
+    name = max(share, key=lambda k: share[k])
+    if share[name] == 1:
+        return f"the factor {name!r} is zero on every sample"
+    return "no one factor is zero everywhere; together they are: " + ", ".join(
+        f"{n} on {s:.0%}" for n, s in share.items()
+    )
+
+
+def finish(
+    target: Target,
+    rollouts: Rollouts,
+    log_w: Float[Tensor, "m k"],
+    log_z: Float[Tensor, "m r"] | None,
+    trace: Trace,
+    began: float,
+    tokens: tuple[int, int] = (0, 0),
+) -> Particles:
+    """Put the answer together; say which factor zeroed a problem's weights."""
+    notes = list(trace.notes)
+    dead = (log_w == NEG_INF).all(1)
+    k = log_w.shape[1]
+    for p in dead.nonzero().flatten().tolist():
+        rows = rollouts.take(torch.arange(p * k, (p + 1) * k, device=rollouts.n.device))
+        notes.append(f"problem {target.problems[p].name or p}: every weight is zero: {why_zero(target, rows)}")
+    model = _lm(target)
+    counts = {**trace.counts, "seconds": time.perf_counter() - began}
+    if model is not None:
+        counts["tokens"] = model.tokens_run - tokens[0]
+        counts["forwards"] = model.forwards - tokens[1]
+    rollouts = rollouts.to("cpu")
+    space = target.space
+    return Particles(
+        objects=rollouts,
+        log_w=log_w.double().cpu(),
+        log_z=None if log_z is None else log_z.double().cpu(),
+        shown=tuple(space.show(rollouts)),
+        keys=tuple(space.keys(rollouts)),
+        trace=replace(trace, counts=counts, notes=tuple(notes)),
+        names=tuple(p.name or str(i) for i, p in enumerate(target.problems)),
+    )
+
+
+def _lm(target: Target) -> Any:
+    return getattr(base_of(target.prior), "lm", None) if target.prior is not None else None
+
+
+def meter(target: Target) -> tuple[int, int]:
+    """Tokens and forwards run so far by the target's model."""
+    model = _lm(target)
+    return (0, 0) if model is None else (model.tokens_run, model.forwards)
+
+
+def rows_for(target: Target, per_problem: int, device: torch.device) -> Tensor:
+    """Problem index of each row, problem-major."""
+    return torch.arange(len(target.problems), device=device).repeat_interleave(per_problem)

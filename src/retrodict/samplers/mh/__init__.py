@@ -1,0 +1,1 @@
+"""Metropolis-Hastings kernels, one a row of ``KERNELS``."""

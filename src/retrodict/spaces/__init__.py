@@ -1,0 +1,1 @@
+"""Spaces: the generative processes of latents."""

@@ -1,0 +1,37 @@
+"""log p(z | X): the model's raw log-probability of the string and its stop, under the space's limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from retrodict.numerics import at_end, prefix_values
+from retrodict.policies.lm import LMPolicy
+from retrodict.records import Problem, Rollouts
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The prior as a factor. Illegal moves renormalise q only: p keeps its raw log-probabilities."""
+
+    policy: LMPolicy
+    name: str = "prior"
+    noise: str = "none"
+    prefixes: bool = True
+
+    @property
+    def version(self) -> str:
+        """The model's fingerprint."""
+        return self.policy.version
+
+    def __call__(self, rollouts: Rollouts, every_prefix: bool = False) -> Tensor:
+        """log p(z, stop | X): ``[b]``, or after every prefix ``[b, t+1, s]``."""
+        scores = self.policy.score(rollouts, raw=True)
+        values = prefix_values(scores.log_q, scores.log_stop)
+        return values if every_prefix else at_end(values, rollouts.n, rollouts.stop)
+
+    def on(self, problems: Sequence[Problem]) -> Prior:
+        """The same model on other problems."""
+        return Prior(self.policy.on(problems), self.name)
