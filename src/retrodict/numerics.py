@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 NEG_INF = float("-inf")
@@ -36,22 +36,38 @@ def safe_sub(a: Tensor, b: Tensor) -> Tensor:
 
 def log_prob_of(logits: Float[Tensor, "b v"], legal: Tensor | None = None) -> Float[Tensor, "b v"]:
     """Log-softmax in float32 over the last axis, renormalised over ``legal`` where given."""
-    logits = logits.float() if logits.dtype != torch.float64 else logits
     if legal is not None:
         logits = logits.masked_fill(~legal, NEG_INF)
-    return logits.log_softmax(-1)
+    return logits.log_softmax(-1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
 
-def sample_categorical(log_p: Float[Tensor, "b v"], gen: torch.Generator) -> Tensor:
-    """One draw a row from exp(log_p) (need not be normalised), by the exponential race (Gumbel-max)."""
-    race = torch.empty_like(log_p).exponential_(generator=gen)
-    return (log_p - race.clamp_min(torch.finfo(race.dtype).tiny).log()).argmax(-1)
+def invert_cdf(weights: Float[Tensor, "p k"], u: Float[Tensor, "p n"]) -> Int[Tensor, "p n"]:
+    """Inverse of each row's distribution function at u in [0, 1), in float64; never an index of weight zero."""
+    cdf = weights.cumsum(-1, dtype=torch.float64)
+    total = cdf[:, -1:]
+    index = torch.searchsorted(cdf, (u * total).clamp_max(total * (1 - 1e-15)), right=True)
+    last = weights.shape[1] - 1 - (weights.flip(-1) > 0).to(torch.int8).argmax(-1, keepdim=True)
+    return torch.minimum(index, last)
+
+
+def sample_categorical(log_p: Float[Tensor, "b v"], gen: torch.Generator) -> Int[Tensor, " b"]:
+    """One draw a row from exp(log_p), which need not be normalised.
+
+    On a GPU by the exponential race (Gumbel-max), elementwise; on a CPU, where a random number per entry costs more
+    than the transformer's last layer, by inverting the distribution function.
+    """
+    if log_p.is_cuda:
+        race = torch.empty_like(log_p).exponential_(generator=gen)
+        return race.clamp_min_(torch.finfo(race.dtype).tiny).log_().neg_().add_(log_p).argmax(-1)
+    top = log_p.amax(-1, keepdim=True)
+    u = torch.rand(len(log_p), 1, generator=gen, dtype=torch.float64, device=log_p.device)
+    return invert_cdf((log_p - torch.where(top.isfinite(), top, 0.0)).exp(), u).squeeze(1)
 
 
 def jackknife_log_mean(log_z: Float[Tensor, "... r"], dim: int = -1) -> tuple[Tensor, Tensor]:
     """log of the mean of exp(log_z) over r independent runs, and its jackknife standard error (nats).
 
-    With one run the error is infinite: nothing is known about it.
+    With one run (or one of positive evidence) the error is infinite: nothing is known about it.
     """
     r = log_z.shape[dim]
     value = log_mean_exp(log_z, dim)
@@ -61,7 +77,7 @@ def jackknife_log_mean(log_z: Float[Tensor, "... r"], dim: int = -1) -> tuple[Te
     x = log_z.movedim(dim, -1)
     left_out = torch.stack([log_mean_exp(x[..., keep[i]], -1) for i in range(r)], -1)
     spread = (left_out - left_out.mean(-1, keepdim=True)).square().sum(-1)
-    return value, ((r - 1) / r * spread).sqrt()
+    return value, torch.nan_to_num(((r - 1) / r * spread).sqrt(), nan=math.inf)
 
 
 def prefix_values(log_move: Float[Tensor, "b t"], log_stop: Float[Tensor, "b t1 s"]) -> Float[Tensor, "b t1 s"]:

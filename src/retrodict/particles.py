@@ -91,7 +91,9 @@ class Particles:
     def counts(self, problem: int = 0) -> dict[tuple[int, ...], float]:
         """Total self-normalised weight of each distinct object (by key) of one problem, heaviest first."""
         total: Counter[tuple[int, ...]] = Counter()
-        for key, w in zip(self.keys[problem * self.k :], self.weights[problem].tolist(), strict=False):
+        for key, w in zip(
+            self.keys[problem * self.k : (problem + 1) * self.k], self.weights[problem].tolist(), strict=True
+        ):
             if w > 0:
                 total[key] += w
         return dict(total.most_common())

@@ -268,7 +268,10 @@ def summary_rows(particles: Particles) -> tuple[list[str], list[list[str]]]:
             z = f"{evidence[0][q]:.2f}" + (f" ± {evidence[1][q]:.2f}" if math.isfinite(evidence[1][q]) else "")
         best = p.best(q, 1)
         text, share = (printable(best[0][0]), f"{best[0][1]:.0%}") if best else ("(no particle has weight)", "0%")
-        rows.append([name, z, f"{smallest[q]:.1f}", f"{last[q]:.1f}", str(p.distinct(q)), share, text])
+        size = (
+            ["--", "--"] if p.log_z is None else [f"{smallest[q]:.1f}", f"{last[q]:.1f}"]
+        )  # equal weights say nothing
+        rows.append([name, z, *size, str(p.distinct(q)), share, text])
     return ["problem", "log Z", "min ESS", "ESS", "distinct", "share", "heaviest"], rows
 
 
@@ -281,8 +284,8 @@ def describe(particles: Particles) -> str:
         value, se = (x.tolist() for x in p.evidence)
         error = f" ± {se[0]:.2f}" if p.m == 1 and math.isfinite(se[0]) else ""
         parts.append(f"log Z {_range(value, 2)}{error}")
-    if p.m:
         parts.append(f"min ESS {_range(p.min_ess.tolist())}")
+    if p.m:
         parts.append(f"{_range([float(p.distinct(q)) for q in range(p.m)], 0)} distinct")
     return f"Particles({', '.join(parts)})"
 

@@ -8,7 +8,7 @@ import torch
 
 def generator(seed: int, device: torch.device | str = "cpu", *path: int) -> torch.Generator:
     """A torch generator for ``seed``; ``path`` names an independent child stream (run 3, step 7, ...)."""
-    state = np.random.SeedSequence([seed, *path]).generate_state(2, np.uint32)
+    state = np.random.SeedSequence(seed, spawn_key=path).generate_state(2, np.uint32)
     gen = torch.Generator(device=device)
     gen.manual_seed(int(state[0]) << 31 ^ int(state[1]))
     return gen
@@ -16,4 +16,4 @@ def generator(seed: int, device: torch.device | str = "cpu", *path: int) -> torc
 
 def child_seed(seed: int, *path: int) -> int:
     """An independent integer seed for a child stream."""
-    return int(np.random.SeedSequence([seed, *path]).generate_state(1, np.uint32)[0])
+    return int(np.random.SeedSequence(seed, spawn_key=path).generate_state(1, np.uint32)[0])

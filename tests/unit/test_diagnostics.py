@@ -212,8 +212,9 @@ def ar1(c: int, d: int, rho: float, seed: int, start: float = 0.0) -> torch.Tens
 
 def test_chain_numbers_are_arviz_and_see_disagreement():
     array_stats = pytest.importorskip("arviz_stats.base").array_stats
-    for c, d, rho in ((4, 500, 0.9), (2, 101, -0.5), (4, 8, 0.3)):
-        x = ar1(c, d, rho, 0)
+    long = [(2, 300, 0.97, seed) for seed in (4, 5, 8)]
+    for case in [(4, 500, 0.9, 0), (2, 101, -0.5, 0), (4, 8, 0.3, 0), *long]:
+        x = ar1(*case)
         axes = {"chain_axis": 0, "draw_axis": 1}
         assert chain_ess(x) == pytest.approx(float(array_stats.ess(x.numpy(), method="identity", **axes)), rel=1e-9)
         assert split_rhat(x) == pytest.approx(float(array_stats.rhat(x.numpy(), method="split", **axes)), rel=1e-9)
@@ -244,6 +245,7 @@ def test_tv_bound_holds_at_its_level_and_is_not_idle():
             off = 0.5 * (tempered.sample((1000,)) / n - p).abs().sum(1)
         if n == 1000:
             assert (off > tv_bound(p.tolist(), n)).all(), "planted: draws from a tempered law"
+    assert tv_bound([0.5, 0.5], 100) == pytest.approx(0.05 + math.sqrt(math.log(1000) / 200))
     assert tv_bound([1.0], 0) == 1.0 and tv_bound({"a": 3, "b": 1}, 50) == tv_bound([0.75, 0.25], 50)
 
 

@@ -52,10 +52,10 @@ def pareto_threshold(k: int) -> float:
 def pareto_k(log_w: Float[Tensor, " k"]) -> float:
     """Shape of the generalised Pareto distribution fitted to the largest weights (k-hat of PSIS).
 
-    The tail is the top min(k/5, 3 sqrt k) draws, less those within TIE nats of the threshold; the fit is the empirical Bayes
-    estimate of Zhang and Stephens 2009 with the prior of Vehtari et al. 2024 (10 draws' worth at 0.5). NaN where fewer
-    than 5 draws lie above the threshold and nothing can be fitted (equal weights; fewer than 25 draws); inf where the
-    weights below the largest vanish in float64, so that the tail has no end in sight.
+    The tail is the top min(k/5, 3 sqrt k) draws, less those within TIE nats of the threshold; the fit is the empirical
+    Bayes estimate of Zhang and Stephens 2009 with the prior of Vehtari et al. 2024 (10 draws' worth at 0.5). NaN where
+    fewer than 5 draws lie above the threshold and nothing can be fitted (equal weights; fewer than 25 draws); inf where
+    the weights below the largest vanish in float64, so that the tail has no end in sight.
     """
     log_w = log_w.double().flatten()
     k = log_w.numel()

@@ -1,6 +1,10 @@
-"""The model's own look-ahead: psi_t = p(Y | X, z_1..t, stop)^power, the reward if the latent ended here.
+"""The model's own look-ahead: what the evidence would be worth if the latent ended here.
 
-For infilling this is the natural potential of a prefix (DESIGN 4). Each step costs 1 + |Y| tokens a distinct prefix.
+    log psi_t = power * log p(Y | X, z_1..t, stop) + (1 - power) * log p(Y | X)
+
+The second part does not depend on the prefix: it keeps unfinished particles at the height of finished ones, whose
+value is the likelihood itself. Without it a tempered look-ahead starves whatever has already stopped. Each step costs
+1 + |Y| tokens a distinct prefix.
 """
 
 from __future__ import annotations
@@ -13,10 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retrodict.guides.base import BaseGuide
-from retrodict.numerics import NEG_INF
+from retrodict.models.ragged import peek_ragged
 from retrodict.protocols import LanguageModel, Problems
 from retrodict.records import Rollouts
 from retrodict.spaces.strings import Strings, StringState
+
+FLOOR = -1e4
+"""Lowest log psi in nats: psi must not vanish where the target does not."""
 
 
 @dataclass
@@ -27,10 +34,11 @@ class LookaheadCarry:
     problem: Int[Tensor, " r"]
     rows: Int[Tensor, " b"]
     value: Float[Tensor, "r s"]
+    root: Float[Tensor, " m"]
 
 
 class LookaheadGuide(BaseGuide):
-    """psi = p(Y | X, prefix, stop)^power, summed over stops with the model's own p(stop) where there are several."""
+    """psi of a prefix from p(Y | X, prefix, stop), the best stop where there are several; ``power`` as above."""
 
     def __init__(self, lm: LanguageModel, space: Strings, problems: Problems, power: float = 1.0) -> None:
         self.lm, self.space, self.problems, self.power = lm, space, problems, power
@@ -43,16 +51,8 @@ class LookaheadGuide(BaseGuide):
         out = []
         for s in range(self.space.n_stops):
             head = self.space.stops.text_ids(s)
-            rows = [(*head, *self.problems[p].evidence) for p in problem.tolist()]
-            value = torch.zeros(len(rows), device=problem.device, dtype=cache.last.dtype)
-            length = torch.tensor([len(r) for r in rows], device=problem.device)
-            for y in length.unique().tolist():
-                if y == len(head):
-                    continue
-                pick = (length == y).nonzero().squeeze(1)
-                part = cache if len(pick) == len(rows) else self.lm.take(cache, pick)
-                ids = torch.tensor([rows[i] for i in pick.tolist()], device=problem.device)
-                value[pick] = self.lm.peek(part, ids)[:, len(head) :].sum(1).to(value.dtype)
+            suffixes = [(*head, *self.problems[p].evidence) for p in problem.tolist()]
+            value = peek_ragged(self.lm, cache, torch.arange(len(problem), device=problem.device), suffixes, len(head))
             out.append(value)
         return torch.stack(out, 1)
 
@@ -62,7 +62,15 @@ class LookaheadGuide(BaseGuide):
         rows = torch.tensor([seen.setdefault(k, len(seen)) for k in keys], device=problem.device)
         cache, _ = self.lm.encode([x for _, x in seen], room=self.space.max_moves)
         owner = torch.tensor([p for p, _ in seen], device=problem.device)
-        return LookaheadCarry(cache, owner, rows, self._value(cache, owner))
+        return LookaheadCarry(cache, owner, rows, self._value(cache, owner), self._root(problem))
+
+    def _root(self, problem: Tensor) -> Float[Tensor, " m"]:
+        """log p(Y | X) of the problems in a batch: no latent at all."""
+        distinct = problem.unique().tolist()
+        cache, _ = self.lm.encode([self.problems[p].context for p in distinct])
+        rows = torch.arange(len(distinct), device=problem.device)
+        value = peek_ragged(self.lm, cache, rows, [self.problems[p].evidence for p in distinct])
+        return value.new_zeros(len(self.problems)).index_copy(0, torch.tensor(distinct, device=problem.device), value)
 
     def start(self, problem: Int[Tensor, " b"]) -> LookaheadCarry:
         """Encode each problem once."""
@@ -85,16 +93,16 @@ class LookaheadGuide(BaseGuide):
             cache = self.lm.take(cache, source)
         cache, _ = self.lm.step(cache, pairs % self.lm.vocab_size)
         problem = c.problem[source]
-        return LookaheadCarry(cache, problem, rows, self._value(cache, problem))
+        return LookaheadCarry(cache, problem, rows, self._value(cache, problem), c.root)
 
     def take(self, c: LookaheadCarry, index: Tensor) -> LookaheadCarry:
         """Rows ``index``; the cache is gathered only at the next step."""
-        return LookaheadCarry(c.cache, c.problem, c.rows[index], c.value)
+        return LookaheadCarry(c.cache, c.problem, c.rows[index], c.value, c.root)
 
     def log_psi(self, c: LookaheadCarry, s: StringState) -> Float[Tensor, " b"]:
-        """power * log p(Y | X, prefix, stop), the best stop where there are several (0 for complete rows)."""
-        value = c.value[c.rows].amax(-1) * self.power
-        return torch.where(value > NEG_INF, value, torch.full_like(value, -1e4))
+        """See the module's formula."""
+        here = c.value[c.rows].amax(-1).double().clamp_min(FLOOR)
+        return self.power * here + (1 - self.power) * c.root[s.problem].double().clamp_min(FLOOR)
 
     def end_terms(self, c: LookaheadCarry) -> dict[str, Float[Tensor, "b s"]]:
         """Terms of stopping now that are already computed: the likelihood itself."""

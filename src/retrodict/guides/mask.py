@@ -24,19 +24,31 @@ class TokenMask(BaseGuide):
         self.log = torch.full((vocab_size,), NEG_INF, device=device)
         self.log[list(allowed)] = 0.0
 
-    def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """Stateless but for rows that already broke the mask; those are dead by ``score``."""
-        return rollouts.problem
+    def start(self, problem: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """log psi = 0; the carry is log psi itself."""
+        return self.log.new_zeros(len(problem))
 
-    def log_next(self, c: Int[Tensor, " b"], s: StringState) -> Float[Tensor, "1 v"]:
-        """The mask, the same in every state."""
-        return self.log[None]
+    def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """-inf for rows that already broke the mask."""
+        inside = torch.arange(rollouts.moves.shape[1], device=upto.device) < upto[:, None]
+        return torch.where(inside, self.log[rollouts.moves], 0.0).sum(1)
 
-    def log_end(self, c: Int[Tensor, " b"], s: StringState) -> Float[Tensor, "1 1"]:
-        """Stopping is always allowed."""
-        return self.log.new_zeros(1, 1)
+    def step(self, c: Float[Tensor, " b"], s: StringState, move: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """-inf for good once a move breaks the mask."""
+        return c + self.log[move]
+
+    def log_psi(self, c: Float[Tensor, " b"], s: StringState) -> Float[Tensor, " b"]:
+        """0 / -inf."""
+        return c
+
+    def log_next(self, c: Float[Tensor, " b"], s: StringState) -> Float[Tensor, "b v"]:
+        """The mask, of states that have not broken it."""
+        return c[:, None] + self.log
+
+    def log_end(self, c: Float[Tensor, " b"], s: StringState) -> Float[Tensor, "b 1"]:
+        """Stopping is always allowed to states that have not broken the mask."""
+        return c[:, None]
 
     def score(self, rollouts: Rollouts) -> Float[Tensor, " b"]:
         """0 / -inf of complete strings."""
-        inside = torch.arange(rollouts.moves.shape[1], device=rollouts.n.device) < rollouts.n[:, None]
-        return torch.where(inside, self.log[rollouts.moves], 0.0).sum(1)
+        return self.start_at(rollouts, rollouts.n)

@@ -21,6 +21,9 @@ from retrodict.protocols import Tokenizer
 CHUNK = 1 << 25
 """Logits held at once while scoring, in numbers (128 MiB in float32)."""
 
+GROUP = 16
+"""Fewest rows in a group of similar lengths."""
+
 
 def pad_ids(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "r t"], Int[Tensor, " r"]]:
     """Right-padded ids (with 0) and the lengths."""
@@ -135,15 +138,16 @@ class CachedLM:
         return cache, x
 
     @torch.no_grad()
-    def peek(self, cache: KVCache, ids: Int[Tensor, "r y"]) -> Float[Tensor, "r y"]:
-        """log p of y given tokens after each row, without changing the cache."""
-        first = log_prob_of(cache.last).gather(1, ids[:, :1])
+    def peek(self, cache: KVCache, ids: Int[Tensor, "p y"], rows: Int[Tensor, " p"] | None = None) -> Tensor:
+        """log p ``[p, y]`` of given tokens after each row (of ``rows``), without changing the cache."""
+        part = cache if rows is None else cache.take(rows)
+        first = log_prob_of(part.last).gather(1, ids[:, :1])
         if ids.shape[1] == 1:
             return first
         self._count(ids[:, 1:])
-        steps = torch.arange(ids.shape[1] - 1, device=ids.device)
         block = ids.shape[1] - 1
-        x, _, _ = self._run(ids[:, :-1], cache.pos[:, None] + steps, block, cache, cache.valid[:, None, : cache.used])
+        steps = torch.arange(block, device=ids.device)
+        x, _, _ = self._run(ids[:, :-1], part.pos[:, None] + steps, block, part, part.valid[:, None, : part.used])
         rest = self._log_p(x.flatten(0, 1), ids[:, 1:].flatten())
         return torch.cat([first, rest.view(len(ids), -1)], 1)
 
@@ -164,13 +168,23 @@ class CachedLM:
         self._read(x, read)
         return out
 
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, device=self.device, dtype=self.accum)
+
+    def _by_length(self, n: Int[Tensor, " b"]) -> list[tuple[Int[Tensor, " g"], int]]:
+        """Groups of rows of similar length and each group's longest: on a CPU padding is paid for in full."""
+        if self.device.type != "cpu" or len(n) < 2 * GROUP or int(n.min()) == int(n.max()):
+            return [(torch.arange(len(n), device=n.device), int(n.max()) if len(n) else 0)]
+        parts = n.argsort().chunk(min(4, len(n) // GROUP))
+        return [(rows, int(n[rows].max())) for rows in parts]
+
     def _trunk(
         self, prompts: Sequence[Sequence[int]], moves: Int[Tensor, "b t"], n: Int[Tensor, " b"]
     ) -> tuple[KVCache, Tensor | None, Float[Tensor, "b v"]]:
         """Encode distinct prompts once, gather them to rows, run all moves: (cache, head inputs, first logits)."""
         distinct, index = unique_rows(prompts)
         cache, _ = self.encode(distinct, room=moves.shape[1])
-        cache = self.take(cache, torch.tensor(index, device=self.device))
+        cache = cache.take(torch.tensor(index, device=self.device))
         first = cache.last
         if not moves.shape[1]:
             return cache, None, first
@@ -192,10 +206,18 @@ class CachedLM:
         ``legal`` tokens have after prefix i (0 where ``legal`` is None). Entries past n are meaningless.
         """
         b, t = moves.shape
+        groups = self._by_length(n)
+        if len(groups) > 1:
+            out = (self._zeros(b, t), self._zeros(b, t + 1, len(stops)), self._zeros(b, t + 1))
+            for rows, top in groups:
+                part = self.score([prompts[i] for i in rows.tolist()], moves[rows, :top], n[rows], stops, legal)
+                for whole, some in zip(out, part, strict=True):
+                    whole[rows, : some.shape[1]] = some
+            return out
         _, x, first = self._trunk(prompts, moves, n)
-        log_p = torch.zeros(b, t, device=self.device, dtype=self.accum)
-        log_stop = torch.zeros(b, t + 1, len(stops), device=self.device, dtype=self.accum)
-        mass = torch.zeros(b, t + 1, device=self.device, dtype=self.accum)
+        log_p = self._zeros(b, t)
+        log_stop = self._zeros(b, t + 1, len(stops))
+        mass = self._zeros(b, t + 1)
         stop_ids = torch.tensor(list(stops), dtype=torch.long, device=self.device)
         moves = moves.to(self.device)
         live = torch.arange(t + 1, device=self.device) <= n[:, None].to(self.device)
@@ -234,8 +256,16 @@ class CachedLM:
         Entries past n are meaningless.
         """
         b, t = moves.shape
+        groups = self._by_length(n)
+        if len(groups) > 1:
+            out = self._zeros(b, t + 1, len(suffixes))
+            for rows, top in groups:
+                some = [[suffix[i] for i in rows.tolist()] for suffix in suffixes]
+                heads = [prompts[i] for i in rows.tolist()]
+                out[rows, : top + 1] = self.score_suffixes(heads, moves[rows, :top], n[rows], some, every, skip)
+            return out
         cache, x, first = self._trunk(prompts, moves, n)
-        out = torch.zeros(b, t + 1, len(suffixes), device=self.device, dtype=self.accum)
+        out = self._zeros(b, t + 1, len(suffixes))
         n = n.to(self.device)
         for s, rows in enumerate(suffixes):
             ids, length = pad_ids(rows, self.device)
@@ -251,7 +281,7 @@ class CachedLM:
             return
         where = torch.arange(t + 1, device=self.device)[None].expand(len(pick), -1)
         live = where <= n[pick, None] if every else where == n[pick, None]
-        value = torch.zeros(len(pick), t + 1, device=self.device, dtype=self.accum)
+        value = self._zeros(len(pick), t + 1)
         if skip == 0:  # the first suffix token is predicted by the trunk itself
             i, j = live.nonzero().unbind(1)
             root = j == 0
@@ -267,7 +297,7 @@ class CachedLM:
         y = ids.shape[1]
         base = cache.used - t  # the prompt's columns, then the t moves
         rows_at_once = max(1, CHUNK // max(1, (t + 1) * y * 2048))
-        value = torch.zeros(len(pick), t + 1, device=self.device, dtype=self.accum)
+        value = self._zeros(len(pick), t + 1)
         for a in range(0, len(pick), rows_at_once):
             rows = pick[a : a + rows_at_once]
             ends = torch.arange(t + 1, device=self.device)[None].expand(len(rows), -1) if every else n[rows, None]

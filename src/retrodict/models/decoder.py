@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retrodict.models.cached import CachedLM
+from retrodict.models.graph import GraphPool
 from retrodict.models.kv import KVCache
 from retrodict.numerics import NEG_INF
 
@@ -68,7 +69,7 @@ class Weights:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm, in float32 (Zhang and Sennrich 2019)."""
-    if x.dtype in (torch.float32, torch.float64):
+    if x.is_cuda or x.dtype in (torch.float32, torch.float64):  # the fused kernel works in float32 inside
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return weight * F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype)
 
@@ -88,7 +89,26 @@ class Decoder(CachedLM):
         self.vocab_size = weights.embed.shape[0]
         self.context = weights.cos.shape[0]
         self.device = weights.embed.device
+        self.graphed = self.device.type == "cuda"
+        self.graphs = GraphPool(self)
         self.accum = torch.float64 if weights.embed.dtype == torch.float64 else torch.float32
+
+    def view(self, adapter: str | None) -> Decoder:
+        """The same weights with another adapter, or (None) without."""
+        return self if adapter == self.adapter else Decoder(self.w, adapter)
+
+    @torch.no_grad()
+    def step(self, cache: KVCache, ids: Int[Tensor, " r"]) -> tuple[KVCache, Float[Tensor, "r v"]]:
+        """Append one token a row; on a GPU by a captured graph."""
+        if not self.graphed:
+            return super().step(cache, ids)
+        self._count(ids)
+        cache = self.graphs.place(cache)
+        return cache, cache.graph.step(cache, ids)
+
+    def take(self, cache: KVCache, index: Int[Tensor, " r2"]) -> KVCache:
+        """Gather rows; on a GPU inside the graph's buffers."""
+        return self.graphs.place(cache, index) if self.graphed else super().take(cache, index)
 
     def _head(self, x: Tensor) -> Float[Tensor, "c v"]:
         return F.linear(x, self.w.head)

@@ -7,6 +7,7 @@ position. Buffers are written in place, so ``step`` and ``take`` consume the cac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,7 @@ class KVCache:
         used: columns in use (the same for all rows).
         pos: next position of each row.
         last: logits after each row's last token.
+        graph: the CUDA graph whose buffers these are, if any.
     """
 
     k: Float[Tensor, "layer r h T d"]
@@ -31,6 +33,7 @@ class KVCache:
     used: int
     pos: Int[Tensor, " r"]
     last: Float[Tensor, "r v"]
+    graph: Any = None
 
     @property
     def rows(self) -> int:
@@ -42,6 +45,7 @@ class KVCache:
         need, have = self.used + columns, self.k.shape[3]
         if need <= have:
             return
+        self.graph = None
         extra = max(need, 2 * have) - have
         grow = (*self.k.shape[:3], extra, self.k.shape[4])
         self.k = torch.cat([self.k, self.k.new_zeros(grow)], 3)

@@ -102,8 +102,9 @@ class TabularLM:
         """Gather rows."""
         return TableCache(cache.history[index], cache.last[index])
 
-    def peek(self, cache: TableCache, ids: Int[Tensor, "r y"]) -> Float[Tensor, "r y"]:
-        """log p of y given tokens after each row."""
+    def peek(self, cache: TableCache, ids: Int[Tensor, "p y"], rows: Int[Tensor, " p"] | None = None) -> Tensor:
+        """log p ``[p, y]`` of given tokens after each row (of ``rows``)."""
+        cache = cache if rows is None else self.take(cache, rows)
         out = []
         for j in range(ids.shape[1]):
             out.append(cache.last.log_softmax(-1).gather(1, ids[:, j : j + 1]))

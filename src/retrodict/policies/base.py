@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,16 @@ def over_menu(
     """Renormalise jointly over what the menu allows; forced moves and stops get log-probability 0."""
     if menu.legal is not None:
         log_move = log_move.masked_fill(~menu.legal, NEG_INF)
+    if not menu.can_stop.any():  # one normalisation, no second pass over the vocabulary
+        log_stop = torch.full_like(log_stop, NEG_INF)
+        return _forced(log_move.log_softmax(-1), log_stop, menu)
     log_stop = log_stop.masked_fill(~menu.can_stop[:, None], NEG_INF)
     norm = torch.logaddexp(log_move.logsumexp(-1), log_stop.logsumexp(-1))[:, None]
-    log_move, log_stop = log_move - norm, log_stop - norm
+    return _forced(log_move - norm, log_stop - norm, menu)
+
+
+def _forced(log_move: Tensor, log_stop: Tensor, menu: Menu) -> tuple[Tensor, Tensor]:
+    """Log-probability 0 for what the space forces."""
     stop_now = (menu.must == MUST_STOP)[:, None]
     if stop_now.any():
         only_first = torch.full_like(log_stop, NEG_INF)
@@ -43,9 +50,10 @@ def choose(
     """Draw a move or a stop from a joint distribution: (move, stop), stop = -1 where a move was drawn."""
     stop_mass = log_stop.logsumexp(-1)
     coin = torch.rand(len(stop_mass), generator=gen, device=stop_mass.device, dtype=torch.float64)
-    stops = coin < stop_mass.double().exp()
-    stop = torch.where(stops, sample_categorical(log_stop, gen), -1)
-    return sample_categorical(log_move, gen), stop
+    stop, move = sample_categorical(log_stop, gen), sample_categorical(log_move, gen)
+    none = log_move.gather(1, move[:, None]).squeeze(1) == NEG_INF  # nothing but stops, whose mass may round below one
+    stops = (coin < stop_mass.double().exp()) | (none & (stop_mass > NEG_INF))
+    return move, torch.where(stops, stop, -1)
 
 
 def tempered(log_move: Tensor, log_stop: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -121,6 +129,9 @@ class FiniteStepper:
         return Scores(moves, torch.stack(log_stop, 1))
 
 
+AtEnd = Callable[[Carry, Tensor, Tensor, Tensor], Mapping[str, Tensor]]
+
+
 class Tape:
     """Records trajectories step by step for rows that end at different times."""
 
@@ -182,13 +193,15 @@ def rollout(
     behaviour: Mapping[str, Any] | None = None,
     record_raw: str | None = None,
     prefix: tuple[Rollouts, Int[Tensor, " b"]] | None = None,
+    at_end: AtEnd | None = None,
 ) -> Rollouts:
     """Draw one complete object a row by ancestral sampling.
 
     ``behaviour={"temperature": T}`` tempers what is drawn from, never ``log_q``. ``record_raw`` names the term under
     which the policy's raw log-probabilities are kept (``"prior"`` where the policy samples from the prior), so that p
     and q of a weight come from the same pass. ``prefix=(rollouts, cut)`` keeps the first ``cut`` moves of given rows
-    and draws only the rest (``log_q`` of kept moves is copied).
+    and draws only the rest (``log_q`` of kept moves is copied). ``at_end(carry, index, problem, stop)`` gives terms of
+    the rows that stop at a step, while their caches are still there.
     """
     temperature = float((behaviour or {}).get("temperature", 1.0))
     space, device = policy.space, problem.device
@@ -198,6 +211,7 @@ def rollout(
     else:
         c, s, n = policy.start_at(*prefix), space.replay(*prefix), prefix[1].clone()
     tape: Tape | None = None
+    extra: dict[str, Tensor] = {}
     while len(rows):
         menu = space.menu(s)
         log_move, log_stop = policy.log_probs(c, s, menu)
@@ -212,6 +226,10 @@ def rollout(
         ends = stop >= 0
         tape.n[rows], tape.stop[rows] = n, stop.clamp_min(0)
         tape.log_b[rows[ends], n[ends]] = b_stop[ends].gather(1, stop[ends, None]).squeeze(1)
+        if at_end is not None and ends.any():
+            index = ends.nonzero().squeeze(1)
+            for name, value in at_end(c, index, problem[rows[index]], stop[index]).items():
+                extra.setdefault(name, value.new_zeros(len(problem)))[rows[index]] = value
         on = (~ends).nonzero().squeeze(1)
         rows, n, move = rows[on], n[on], move[on]
         if not len(rows):
@@ -230,7 +248,7 @@ def rollout(
         n = n + 1
     if tape is None:
         raise ValueError("no rows to sample")
-    return tape.rollouts(record_raw, behaviour)
+    return tape.rollouts(record_raw, behaviour).with_terms(extra)
 
 
 def _keep(tape: Tape, old: Rollouts, cut: Tensor, record_raw: str | None) -> None:

@@ -86,6 +86,9 @@ class LMPolicy(FiniteStepper):
         if c.tidy:
             cache, logits = self.lm.step(c.cache, move)
             return LMCarry(cache, c.rows, log_prob_of(logits))
+        if c.rows.is_cuda:  # one row a particle: steady shapes for the captured step
+            cache, logits = self.lm.step(self.lm.take(c.cache, c.rows), move)
+            return LMCarry(cache, torch.arange(len(move), device=move.device), log_prob_of(logits))
         pairs, rows = torch.unique(c.rows * self.lm.vocab_size + move, return_inverse=True)
         source = pairs // self.lm.vocab_size
         cache = c.cache

@@ -84,17 +84,35 @@ def draw(
     on_step: OnStep | None = None,
     batch: int = BATCH,
 ) -> Rollouts:
-    """Independent draws, one a row of ``problem``, in batches, with the prior's term from the same pass."""
-    name = prior_name(target, policy)
+    """Independent draws, one a row of ``problem``, in batches."""
     parts = []
     for i in range(0, len(problem), batch):
-        parts.append(rollout(policy, problem[i : i + batch], gen, behaviour=behaviour, record_raw=name))
+        parts.append(fresh(target, policy, problem[i : i + batch], gen, behaviour))
         if on_step is not None:
             on_step(min(i + batch, len(problem)), len(problem))
-    joined = cat_rollouts(parts)
-    if name is None:
-        return joined
-    return joined.with_terms({}, {name: target.factors[name].version})
+    return cat_rollouts(parts)
+
+
+def fresh(
+    target: Target,
+    policy: FiniteStepper,
+    problem: Tensor,
+    gen: torch.Generator,
+    behaviour: Mapping[str, Any] | None = None,
+    prefix: tuple[Rollouts, Tensor] | None = None,
+) -> Rollouts:
+    """One batch of draws, with every term that the drawing passes give for nothing: the prior off q's own pass, the
+    likelihood off the caches of the strings that end."""
+    name, base = prior_name(target, policy), base_of(policy)
+    cheap = {f: t for f, t in target.factors.items() if hasattr(t, "at_end")}
+
+    def at_end(c: Any, index: Tensor, rows: Tensor, stop: Tensor) -> dict[str, Tensor]:
+        carry = c.base if isinstance(policy, GuidedPolicy) else c
+        values = {f: t.at_end(base, carry, index, rows, stop) for f, t in cheap.items()}  # pyright: ignore[reportAttributeAccessIssue]
+        return {f: v for f, v in values.items() if v is not None}
+
+    rows = rollout(policy, problem, gen, behaviour=behaviour, record_raw=name, prefix=prefix, at_end=at_end)
+    return rows.with_terms({}, {f: t.version for f, t in target.factors.items() if f in rows.terms})
 
 
 def log_b_of(rollouts: Rollouts, start: Tensor | None = None) -> Float[Tensor, " b"]:
@@ -116,6 +134,8 @@ def log_pb_of(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:
 
 def why_zero(target: Target, rollouts: Rollouts) -> str:
     """Which factor (or the proposal) made every weight zero."""
+    if (target.log_gamma(rollouts) > NEG_INF).any():
+        return "none of the proposals was accepted; draw more, or give a lower log_bound if a smaller one still holds"
     rollouts = target.terms(rollouts)
     share = {}
     for name in target.factors:

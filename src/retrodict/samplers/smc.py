@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retrodict.errors import InputError, nearest
-from retrodict.numerics import NEG_INF, ess, log_mean_exp, normalise, safe_sub
+from retrodict.numerics import NEG_INF, at_end, ess, log_mean_exp, normalise, safe_sub
 from retrodict.particles import Particles
 from retrodict.policies.base import FiniteStepper, Tape, choose
 from retrodict.policies.guided import GuidedPolicy, bend
@@ -189,6 +189,7 @@ class _Run:
         self._start(problem)
         rows = torch.arange(b, device=self.device)
         log_w = torch.zeros(b, dtype=torch.float64, device=self.device)
+        self.zero, self.final = torch.zeros_like(log_w), {}  # terms of complete objects, by name
         log_pre = torch.zeros_like(log_w)  # log gamma_t of each particle's present prefix
         root = torch.arange(b, device=self.device) % n
         tape: Tape | None = None
@@ -222,8 +223,7 @@ class _Run:
                 self.on_step(len(ess_of), space.max_moves + 1)
         assert tape is not None
         rollouts = tape.rollouts(self.name)
-        if self.name is not None:
-            rollouts = rollouts.with_terms({}, {self.name: self.target.factors[self.name].version})
+        rollouts = rollouts.with_terms(self.final, {k: t.version for k, t in self.target.factors.items()})
         live = log_w.view(self.pops, n) > NEG_INF
         roots = torch.tensor([len(r[k].unique()) for r, k in zip(root.view(self.pops, n), live, strict=True)])
         trace = Trace(
@@ -283,7 +283,12 @@ class _Run:
             known = {k: v[ends].gather(1, whole.stop[:, None]).squeeze(1) for k, v in
                      self.guide.end_terms(self.c["guide"]).items() if k in self.target.factors}  # fmt: skip
         versions = {k: self.target.factors[k].version for k in known}
-        return self.target.log_gamma(whole.with_terms(known, versions))
+        whole = self.target.terms(whole.with_terms(known, versions))
+        for name in self.target.factors:
+            value = whole.terms[name]
+            self.final.setdefault(name, torch.full_like(self.zero, NEG_INF))
+            self.final[name][done] = (at_end(value, whole.n, whole.stop) if value.dim() > 1 else value).double()
+        return self.target.log_gamma(whole)
 
     def _weigh(self, tape: Tape, rows: Tensor, log_w: Tensor, log_pre: Tensor) -> None:
         """w_t of the rows that moved."""
@@ -316,6 +321,7 @@ class _Run:
         level = log_mean_exp(log_w.view(self.pops, self.n))[:, None].expand(-1, self.n)
         log_w = torch.where(pick[:, None], level, log_w.view(self.pops, self.n)).flatten()
         tape.take(flat)
+        self.final = {k: v[flat] for k, v in self.final.items()}
         place = torch.full((len(alive),), -1, device=self.device)
         place[rows] = torch.arange(len(rows), device=self.device)
         new_rows = alive[flat].nonzero().squeeze(1)

@@ -70,7 +70,7 @@ class Strings:
             )
         if not self.stops.acts and not self.stops.predicate and self.limit in ("own_stop", "exact"):
             raise InputError(f"limit {self.limit!r} needs a stop; give stop=..., or use 'force' or 'exact_prefix'")
-        object.__setattr__(self, "_legal", self._make_legal())
+        object.__setattr__(self, "_held", {})
 
     def _make_legal(self) -> Bool[Tensor, " v"]:
         off = [*self.stops.ids, *self.banned]
@@ -85,7 +85,14 @@ class Strings:
 
     def legal_ids(self, device: torch.device | str = "cpu") -> Bool[Tensor, " v"]:
         """Ids that may be moves."""
-        return self._legal.to(device)  # pyright: ignore[reportAttributeAccessIssue]
+        return self._on(device)[0]
+
+    def _on(self, device: torch.device | str) -> tuple[Bool[Tensor, " v"], Int[Tensor, " s"]]:
+        """The legal mask and the stop ids on a device, copied there once."""
+        held: dict[str, tuple[Tensor, Tensor]] = self._held  # pyright: ignore[reportAttributeAccessIssue]
+        if str(device) not in held:
+            held[str(device)] = (self._make_legal().to(device), torch.tensor(self.stops.ids, device=device))
+        return held[str(device)]
 
     # -- the process --------------------------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class Strings:
         """Log-probability of each stop from that of every token: end ids that leave no text are added up."""
         if not self.stops.acts:
             return log_p.new_zeros(len(log_p), 1)
-        picked = log_p[:, list(self.stops.ids)]
+        picked = log_p[:, self._on(log_p.device)[1]]
         return picked if self.stops.in_text else picked.logsumexp(-1, keepdim=True)
 
     # -- identity -------------------------------------------------------------------------------------------------

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrodict.models.ragged import peek_ragged
 from retrodict.numerics import NEG_INF, at_end
+from retrodict.policies.base import FiniteStepper
+from retrodict.policies.lm import LMPolicy
 from retrodict.protocols import LanguageModel, Problems
 from retrodict.records import Problem, Rollouts
 from retrodict.spaces.strings import Strings
@@ -45,6 +50,24 @@ class Likelihood:
             return at_end(values, rollouts.n, rollouts.stop)
         inside = torch.arange(values.shape[1], device=values.device) <= rollouts.n[:, None].to(values.device)
         return torch.where(inside[:, :, None], values, NEG_INF)
+
+    def at_end(
+        self,
+        policy: FiniteStepper,
+        c: Any,
+        index: Int[Tensor, " e"],
+        problem: Int[Tensor, " e"],
+        stop: Int[Tensor, " e"],
+    ) -> Float[Tensor, " e"] | None:
+        """log p(Y | X, z) of rows ``index`` that stop now, read off the cache they were drawn with.
+
+        None where the policy's model did not read what the likelihood's model must have read.
+        """
+        if not isinstance(policy, LMPolicy) or policy.lm.version != self.lm.version or policy.reads != "context":
+            return None
+        ends = zip(problem.tolist(), stop.tolist(), strict=True)
+        suffixes = [(*self.space.stops.text_ids(s), *self.problems[p].evidence) for p, s in ends]
+        return peek_ragged(policy.lm, c.cache, c.rows[index], suffixes, len(self.space.stops.text_ids(0)))
 
     def on(self, problems: Sequence[Problem]) -> Likelihood:
         """The same model on other problems."""

@@ -94,7 +94,7 @@ def posterior(
     min_tokens: int = 0,
     limit: Limit = "force",
     verifier: Verifier | None = None,
-    lookahead: float | None = 1.0,
+    lookahead: float | None = 0.5,
 ) -> Target:
     """p(Z | X, Y) for a user's own problems: prior * likelihood (where there is evidence) * verifier.
 
@@ -128,7 +128,7 @@ def infill(
     min_tokens: int = 1,
     limit: Limit = "force",
     join: str = " ",
-    lookahead: float | None = 1.0,
+    lookahead: float | None = 0.5,
     name: str = "story",
 ) -> Target:
     """The missing middle: Z between ``before`` and ``after``, gamma(Z) = p(Z | before) p(join + after | before, Z).

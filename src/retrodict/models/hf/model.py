@@ -74,6 +74,18 @@ class HFModel(CachedLM):
                        end_ids=self.end_ids, special_ids=self.special_ids, note=self.note, adapter=adapter,
                        shared=self)  # fmt: skip
 
+    @torch.no_grad()
+    def step(self, cache: KVCache, ids: Int[Tensor, " r"]) -> tuple[KVCache, Float[Tensor, "r v"]]:
+        """Append one token a row."""
+        if self.decoder is None or not self.decoder.graphed:
+            return super().step(cache, ids)
+        self._count(ids)
+        return self.decoder.step(cache, ids)
+
+    def take(self, cache: KVCache, index: Int[Tensor, " r2"]) -> KVCache:
+        """Gather rows (repeats allowed)."""
+        return super().take(cache, index) if self.decoder is None else self.decoder.take(cache, index)
+
     # -- the primitive -------------------------------------------------------------------------------------------
 
     def _run(
