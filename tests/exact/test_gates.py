@@ -5,18 +5,23 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from retrodict.bench import exact as bench
+from retrodict.models.tabular import TabularLM
+from retrodict.records import Problem
 from retrodict.samplers.common import proposal
 from retrodict.samplers.mh.kernels import KERNELS, Kernel
+from retrodict.samplers.smc import conditional_smc, smc
 from retrodict.samplers.table import SAMPLERS
+from retrodict.targets.ready import posterior, until
 from retrodict.testing import BUGS, METHODS, Bug, Case, Exact, cases, check_exact, enumerate_target
 from retrodict.testing.bugs import BAR, conditional_with
 from retrodict.testing.chains import invariance, transition
-from retrodict.testing.oracle import MIN_HITS, best_law, per_run, weighted_tv, z_objects
+from retrodict.testing.oracle import MIN_HITS, best_law, conditional_gates, per_run, weighted_tv, z_objects
 
 SEEDS = 100
 CASES = {c.name: c for c in cases(quick=True)}
@@ -62,6 +67,21 @@ def test_planted_bug_is_caught(bug: Bug) -> None:
 def test_the_honest_conditional_smc_passes_where_systematic_resampling_fails() -> None:
     gates = conditional_with("multinomial")(SEEDS)
     assert all(g.holds for g in gates), gates
+
+
+def test_conditional_smc_where_free_populations_die_out() -> None:
+    """E[Z / Z-hat] is not 1 but the chance that free SMC survives: here three particles rarely meet the predicate."""
+    lm = TabularLM.random(".ab ", order=3, seed=1, scale=0.6)
+    target = posterior(lm, [Problem((1,), (2,))], stop=until("b"), max_tokens=3, limit="own_stop")
+    same: dict[str, Any] = {"n": 3, "ess_threshold": 0.8}
+    gates = conditional_gates(
+        enumerate_target(target),
+        lambda rows, runs, seed: conditional_smc(target, exact=rows, runs=runs, seed=seed, **same),
+        lambda runs, seed: smc(target, runs=runs, seed=seed, resampling="multinomial", **same),
+        4000,
+    )
+    assert all(g.holds for g in gates), gates
+    assert float(gates[0].note.split()[2].rstrip("%")) < 96
 
 
 def test_transition_matrix_without_length_correction_is_not_invariant() -> None:

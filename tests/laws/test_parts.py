@@ -55,7 +55,7 @@ def test_target(case: Case) -> None:
 def test_guides(case: Case) -> None:
     target, m = case.target, len(case.target.problems)
     space = cast(Strings, target.space)
-    mask = TokenMask([1, 2, 3], space.vocab_size)
+    mask = TokenMask([1, space.vocab_size - 1], space.vocab_size)
     soft = TableGuide(space, seed=5)
     for guide in filter(None, (target.guide, mask, soft, ProductGuide(mask, soft))):
         if isinstance(guide, ProductGuide):
@@ -68,7 +68,7 @@ def test_guides(case: Case) -> None:
 def test_guided_policies(case: Case) -> None:
     target, m = case.target, len(case.target.problems)
     space, prior = cast(Strings, target.space), cast(FiniteStepper, target.prior)
-    mask, soft = TokenMask([1, 2, 3], space.vocab_size), TableGuide(space, seed=5)
+    mask, soft = TokenMask([1, space.vocab_size - 1], space.vocab_size), TableGuide(space, seed=5)
     for guide in filter(None, (target.guide, mask, soft, ProductGuide(mask, soft))):
         check_policy(GuidedPolicy(prior, guide), m, rows=24)
 

@@ -22,7 +22,7 @@ from retrodict.samplers.smc import smc
 from retrodict.spaces.stops import Stops
 from retrodict.spaces.strings import Strings
 from retrodict.targets.ready import infill, posterior
-from retrodict.testing import Subsets, log_bound, set_target
+from retrodict.testing import SetPolicy, Subsets, log_bound, set_target
 from retrodict.testing.oracle import enumerate_target
 
 LM = TabularLM.random(".ab ", order=2, seed=1)
@@ -155,8 +155,6 @@ def test_masked_proposals_pay_for_their_mask() -> None:
 
 def test_sets_in_any_order() -> None:
     target = set_target(3)
-    (e,) = enumerate_target(
-        target, __import__("retrodict.testing", fromlist=["x"]).SetPolicy(Subsets(3), target.problems)
-    )
+    (e,) = enumerate_target(target, SetPolicy(Subsets(3), target.problems))
     assert len(e.keys) == 8 and len(e.paths) == 1 + 3 + 6 + 6
     assert math.isclose(float(e.law(e.log_pb).sum()), 8.0, rel_tol=1e-9)

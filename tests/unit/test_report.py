@@ -178,7 +178,8 @@ def test_ticks_are_round_and_inside(low, high):
 
 def test_plots_survive_numbers_that_are_none():
     rows = [svg.Interval("a", "#000", -3.0, -math.inf, math.inf, [-3.0, -math.inf], (-3.1, 0.1), (-2.9, 0.0)),
-            svg.Interval("b" * 40, "#000", -math.inf, note="every weight is zero"), svg.Interval("c", "#000")]  # fmt: skip
+            svg.Interval("b" * 40, "#000", -math.inf, note="every weight is zero"),
+            svg.Interval("c", "#000")]  # fmt: skip
     ET.fromstring(svg.evidence(rows))
     assert svg.evidence([svg.Interval("c", "#000")]) == ""
     ET.fromstring(svg.ess([[1.0]], [[False]], 1, None, "#000"))

@@ -1,21 +1,29 @@
-"""The run folder: whole or not at all, never another run's, and readable without the model."""
+"""The run folder: whole or not at all, never another run's, readable without the model, kept by an interrupt."""
 
 from __future__ import annotations
 
 import getpass
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import retrodict as rd
+from retrodict.cli import pieces, targets
 from retrodict.cli.main import main
 from retrodict.errors import InputError
 from retrodict.report.compare import compare
 from retrodict.report.run import RunFolder, environment, plain, read, sample_rows
+from retrodict.samplers.table import SAMPLERS
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +38,8 @@ def particles(target):
     return rd.smc(target, n=6, seed=0, runs=3)
 
 
+ROOT = Path(__file__).resolve().parents[2]
+INFILL = ["--target", "infill", "--before", "abc", "--after", "<de.", "--join", "", "--max-tokens", "5"]
 CONFIG = {"target": "infill", "before": "a", "sampler": {"smc": {"n": 6}}, "name": "x"}
 
 
@@ -141,3 +151,100 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot make a run folder"):
         RunFolder.create(tmp_path / "file", "x", CONFIG)
+
+
+# -- pieces ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, more", [
+    ("smc", {"n": 4, "runs": 3}), ("importance", {"n": 4, "runs": 11}), ("best_of_n", {"n": 3, "draws": 5}),
+    ("ancestral", {"n": 70}), ("mh", {"n": 65, "steps": 4, "keep": 2}), ("exact", {}),
+    ("rejection", {"n": 5, "runs": 2}),
+])  # fmt: skip
+def test_pieces_joined_are_one_answer(name, more):
+    lm = rd.TabularLM.random(".ab", seed=2)
+    data = [rd.TextProblem(x, name=x, chat=False) for x in ("a", "b", "ab")]
+    target = rd.posterior(lm, data, stop=".", max_tokens=4)
+    method = targets.method_of(name, SAMPLERS[name]).with_options(more)
+    calls = pieces.pieces(method, target, seed=5, batch=2)
+    steps: list[float] = []
+    found = list(pieces.run(method, calls, lambda done, of: steps.append(done / of)))
+    p = found[-1]
+    assert p.m == 3 and p.names == ("a", "b", "ab") and steps[-1] == 1 and len(set(c.seed for c in calls)) == len(calls)
+    assert p.objects.problem.tolist() == [q for q in range(3) for _ in range(p.k)]
+    for key, total in more.items():
+        assert p.trace.settings.get(key, total) == total
+    if name != "exact":
+        assert p.k == {"smc": 12, "importance": 44, "best_of_n": 5, "ancestral": 70, "mh": 130, "rejection": 10}[name]
+    assert [target.space.show(p.objects)[i] for i in range(p.m * p.k)] == list(p.shown)
+    first = method.fn(target.on(target.problems[:2]), **calls[0].arguments, seed=calls[0].seed)
+    if p.log_z is not None and first.log_z is not None:
+        assert torch.equal(p.log_z[:2, : first.log_z.shape[1]], first.log_z)
+    if p.trace.ess is not None:
+        assert p.trace.ess.shape[1] == 9 and p.trace.ancestors is not None and p.trace.ancestors.shape[1:] == (9, 4)
+    assert len(rd.diagnose(p).verdicts) == 3
+
+
+def test_the_pieces_of_a_zero_run_do_not_blame_a_factor():
+    lm = rd.TabularLM.random(".ab", seed=2)
+    target = rd.continuation(lm, "a", stop=".", max_tokens=4)
+    zero = target * rd.verifier(lambda texts, rows: [False] * len(texts), kind="bool")
+    dead, live = rd.importance(zero, n=4, seed=0, runs=1), rd.importance(target, n=4, seed=0, runs=1)
+    assert dead.trace.notes and not pieces.join_runs([dead, live]).trace.notes
+    assert pieces.join_runs([dead, dead]).trace.notes == dead.trace.notes
+
+
+# -- interrupts -----------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+import retrodict as rd
+import retrodict.models.load as door
+from retrodict.cli.main import main
+
+door.load = lambda name, **how: rd.TabularLM.random(".abcde <", seed=1)
+def slow(texts, rows):
+    time.sleep(0.15)
+    return [0.5] * len(texts)
+if __name__ == "__main__":
+    sys.modules["slow"] = sys.modules["__main__"]
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def started(folder: Path, *words: str, **how) -> subprocess.Popen:
+    (folder / "slow.py").write_text(SLOW)
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "slow.py", *words], cwd=folder, env=env, stderr=subprocess.PIPE, text=True,
+                            **how)  # fmt: skip
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_an_interrupt_saves_what_is_finished(number, code, tmp_path):
+    go = ["sample", *INFILL, "--n", "4", "--runs", "400", "--verifier", "slow:slow"]
+    p = started(tmp_path, *go, stdout=subprocess.PIPE)
+    kept = tmp_path / "runs/infill-001/particles/smc.safetensors"
+    end = time.monotonic() + 40
+    while not kept.exists() and time.monotonic() < end and p.poll() is None:
+        time.sleep(0.05)
+    p.send_signal(number)
+    out, err = p.communicate(timeout=30)
+    assert p.returncode == code, err
+    assert err.startswith("retrodict: interrupted; what had finished (") and err.count("\n") == 1
+    assert "runs/infill-001" in err
+    folder = tmp_path / "runs/infill-001"
+    particles = rd.Particles.load(kept)
+    assert 0 < particles.k < 1600 and particles.k == len(lines(folder / "samples.jsonl"))
+    assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
+    assert "Interrupted. What had finished" in (folder / "report.html").read_text()
+    assert not list(folder.rglob("*.part"))
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    p = started(tmp_path, "sample", *INFILL, "--n", "8", "--runs", "2", stdout=write)
+    os.close(write)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 141 and err == ""
+    assert (tmp_path / "runs/infill-001/report.html").exists()

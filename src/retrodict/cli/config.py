@@ -273,9 +273,6 @@ def _methods(command: str, config: Config, given: Mapping[str, Any], source: Sou
         flags = {k: x for k, x in shared.items() if k in source.flags}
         merged = {k: x for k, x in ({"n": DEFAULT_N} | shared | options | flags).items() if k in method.keys}
         methods[label] = method.with_options(merged)
-        keep, steps = methods[label].said.get("keep", 1), methods[label].said.get("steps", 50)
-        if "keep" in method.keys and keep > (steps + 1) // 2 + 1:
-            raise InputError(f"{at}: keep={keep} of {steps} steps; at most one state a step of the second half")
     return methods
 
 

@@ -41,7 +41,7 @@ METHODS: dict[str, Sampler] = {
     "prior": lambda t, n, seed, on: ancestral(t, n=n, seed=seed, on_step=on),
     "best of 16": lambda t, n, seed, on: best_of_n(t, n=16, draws=max(1, n // 16), seed=seed, on_step=on),
     "importance": lambda t, n, seed, on: importance(t, n=n // 4, runs=4, seed=seed, on_step=on),
-    "MH": lambda t, n, seed, on: mh(t, n=max(2, n // 8), steps=10, keep=5, seed=seed, on_step=on),
+    "MH": lambda t, n, seed, on: mh(t, n=max(2, n // 4), steps=12, keep=6, seed=seed, on_step=on),
     "SMC": lambda t, n, seed, on: smc(t, n=n // 4, runs=4, seed=seed, on_step=on),
 }
 
@@ -63,7 +63,7 @@ def run(seed: int = 0, out: str = "runs", n: int = 64, stories: int = 3, model: 
     story = infill(lm, BEFORE, AFTER, stop=".", max_tokens=TOKENS)
     with _spinner(f"the model writes {stories} stories of its own"):
         begun = [TextProblem(text, " ", name="own", chat=False) for text in BEGINNINGS]
-        own, exact = simulate(story.on(tokenise(lm, begun)), stories, seed, tokens=12)
+        own, exact = simulate(story.on(tokenise(lm, begun)), stories, seed, until=".")
     target = story.on([*story.problems, *own.problems])
     exact = replace(exact, problem=exact.problem + 1)
     console.print(f"p(Z | X, Y) for a missing sentence Z, on {lm.name} ({torch.get_num_threads()} threads)\n")

@@ -21,7 +21,7 @@ LABEL = re.compile(r"[A-Za-z0-9][\w.-]*")
 class Words:
     """A flag's words as they stood on the command line."""
 
-    words: list[str]
+    words: list[Any]
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class CachedLM:
         for i in range(0, len(x), size):
             read(log_prob_of(self._head(x[i : i + size])), slice(i, i + size))
 
-    def _log_p(self, x: Float[Tensor, "c ."], ids: Int[Tensor, " c"]) -> Float[Tensor, " c"]:
+    def _log_p(self, x: Float[Tensor, "c d"], ids: Int[Tensor, " c"]) -> Float[Tensor, " c"]:
         out = torch.empty(len(x), device=x.device, dtype=self.accum)
 
         def read(log_p: Tensor, rows: slice) -> None:

@@ -32,7 +32,7 @@ class KVCache:
     valid: Bool[Tensor, "r T"]
     used: int
     pos: Int[Tensor, " r"]
-    last: Float[Tensor, "r v"]
+    last: Float[Tensor, "_ v"]
     graph: Any = None
 
     @property

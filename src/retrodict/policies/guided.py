@@ -23,8 +23,8 @@ def bend(
     log_move: Float[Tensor, "b v"],
     log_stop: Float[Tensor, "b s"],
     menu: Menu,
-    log_next: Float[Tensor, "b v"] | None,
-    log_end: Float[Tensor, "b s"] | None,
+    log_next: Float[Tensor, "#b v"] | None,
+    log_end: Float[Tensor, "#b #s"] | None,
 ) -> tuple[Float[Tensor, "b v"], Float[Tensor, "b s"]]:
     """Multiply a policy by psi and renormalise. Dead ends keep the policy (their weight is 0)."""
     if log_next is None:

@@ -56,7 +56,8 @@ class LMPolicy(FiniteStepper):
 
     def _carry(self, prompts: Sequence[Sequence[int]], room: int) -> LMCarry:
         seen: dict[tuple[int, ...], int] = {}
-        rows = torch.tensor([seen.setdefault(tuple(p), len(seen)) for p in prompts], device=self.lm.device)
+        found = [seen.setdefault(tuple(p), len(seen)) for p in prompts]
+        rows = torch.tensor(found, dtype=torch.long, device=self.lm.device)
         cache, logits = self.lm.encode(list(seen), room=room)
         return LMCarry(cache, rows, log_prob_of(logits), tidy=len(seen) == len(prompts))
 

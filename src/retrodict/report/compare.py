@@ -49,10 +49,14 @@ class Comparison:
         return pd.DataFrame(self.rows)
 
     def mean(self) -> list[dict[str, Any]]:
-        """One row a method: averages over problems, with standard errors over problems."""
+        """One row a method: averages over problems, with standard errors over problems.
+
+        Where only some problems have exact samples, these are averaged: the others have no second side.
+        """
         out = []
+        sided = {r["problem"] for r in self.rows if r["upper"] is not None}
         for method in dict.fromkeys(r["method"] for r in self.rows):
-            mine = [r for r in self.rows if r["method"] == method]
+            mine = [r for r in self.rows if r["method"] == method and (not sided or r["problem"] in sided)]
             row: dict[str, Any] = {"problem": f"mean of {len(mine)}", "method": method}
             for key in ("lower", "log_z", "upper", "explains", "min_ess", "distinct", "seconds"):
                 values = [r[key] for r in mine if r.get(key) is not None]

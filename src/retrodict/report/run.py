@@ -115,7 +115,7 @@ def _commit() -> str | None:
 
 
 def _bytes(x: Any, indent: int | None = None) -> bytes:
-    """JSON that people can read; escaped where a text holds what UTF-8 cannot (half a character of a byte tokenizer)."""
+    """JSON that people can read; escaped where a text holds what UTF-8 cannot (half a character)."""
     try:
         return (json.dumps(plain(x), ensure_ascii=False, indent=indent) + "\n").encode()
     except UnicodeEncodeError:

@@ -85,8 +85,9 @@ def conditional_smc(
 ) -> Particles:
     """SMC with slot 0 of every population held to an exact posterior sample (Andrieu, Doucet and Holenstein 2010).
 
-    With ``exact`` drawn from the posterior, E[1 / Z-hat] = 1 / Z: log Z-hat is an upper bound of log Z in expectation.
-    Resampling is multinomial: systematic resampling breaks the law (0.96 instead of 1).
+    With ``exact`` drawn from the posterior, E[Z / Z-hat] = 1, so E[log Z-hat] >= log Z: an upper bound. (Where free
+    SMC can die out, the expectation is P(Z-hat > 0) < 1, and the bound only gets looser.) Resampling is multinomial:
+    systematic resampling breaks the law (0.96 instead of 1).
 
     Args:
         exact: one row a problem, in the order of the problems (used by every run), or one row a population.

@@ -91,7 +91,8 @@ class Strings:
         """The legal mask and the stop ids on a device, copied there once."""
         held: dict[str, tuple[Tensor, Tensor]] = self._held  # pyright: ignore[reportAttributeAccessIssue]
         if str(device) not in held:
-            held[str(device)] = (self._make_legal().to(device), torch.tensor(self.stops.ids, device=device))
+            ids = torch.tensor(self.stops.ids, dtype=torch.long, device=device)
+            held[str(device)] = (self._make_legal().to(device), ids)
         return held[str(device)]
 
     # -- the process --------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def _read(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}: expected a JSON list of objects")
         return list(enumerate(rows, 1))
     out = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

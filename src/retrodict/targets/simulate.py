@@ -23,20 +23,20 @@ TRIES = 64
 
 
 def simulate(
-    target: Target, n: int, seed: int, *, tokens: int = 12, until: str | None = "."
+    target: Target, n: int, seed: int, *, tokens: int = 16, until: str | None = None
 ) -> tuple[Target, Rollouts]:
     """n problems whose evidence the model wrote itself, and an exact posterior sample of each.
 
     Pairs (Z, Y) are drawn from p restricted to the space: Z from the legal policy, kept with probability p/q <= 1,
-    then Y of at most ``tokens`` tokens, ending at the token ``until`` where it comes; a pair whose Y holds a special
-    token is drawn again as a whole (a condition on Y alone leaves Z | Y exact).
+    then Y up to the token ``until``, at most ``tokens`` tokens. A pair whose Y does not end there, or holds a special
+    token, is drawn again as a whole: a condition on Y alone leaves Z | Y exact.
 
     Args:
         target: prior times likelihood over strings; its contexts are reused in turn.
         n: number of simulated problems.
         seed: one seed, one result.
         tokens: longest evidence.
-        until: one-token string that ends the evidence early.
+        until: one-token string that ends the evidence; ``None`` takes ``tokens`` tokens as they come.
 
     Raises:
         InputError: a target that has other factors than prior and likelihood, or tempers them (its posterior is not
@@ -49,6 +49,8 @@ def simulate(
         raise InputError("a tempered target is not the model's own joint; simulate at beta = 1")
     lm, gen = prior.lm, generator(seed, prior.lm.device)
     stop = lm.tokenizer.encode(until) if until else []
+    if len(stop) > 1:
+        raise InputError(f"until={until!r} takes {len(stop)} tokens of {lm.name}; give a string that is one token")
     problems: list[Problem] = []
     kept: list[Rollouts] = []
     for _ in range(TRIES):
@@ -62,8 +64,9 @@ def simulate(
         y = _continue(prior, z, tokens, gen)
         special = {*lm.special_ids, *lm.end_ids}
         for i, ids in enumerate(y.moves.tolist()):
-            cut = ids.index(stop[0]) + 1 if len(stop) == 1 and stop[0] in ids else len(ids)
-            if len(problems) < n and not special & set(ids[:cut]):
+            whole = not stop or stop[0] in ids
+            cut = ids.index(stop[0]) + 1 if stop and whole else len(ids)
+            if len(problems) < n and whole and not special & set(ids[:cut]):
                 row = target.problems[int(z.problem[i])]
                 name = f"simulated {len(problems) + 1}"
                 problems.append(dataclasses.replace(row, evidence=tuple(ids[:cut]), name=name))

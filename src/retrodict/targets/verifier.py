@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from retrodict.protocols import Problems, Space
 from retrodict.records import Problem, Rollouts
 from retrodict.targets.algebra import Factor, Target
 
-Kind = Literal["log", "prob", "bool", "reward"]
+Kind = str
+"""One of KINDS; checked where a verifier is made."""
+
 KINDS = ("log", "prob", "bool", "reward")
 Check = Callable[[list[str], list[Mapping[str, Any]]], Sequence[float | bool]]
 
@@ -132,7 +134,14 @@ class VerifierTerm:
                 f"verifier {self.name!r} returned {len(values)} values for {len(texts)} texts; return one each",
                 texts[0],
             )
-        return [float(v) for v in values]
+        return [self._number(v, text) for v, text in zip(values, texts, strict=True)]
+
+    def _number(self, value: object, text: str) -> float:
+        try:
+            return float(value)  # pyright: ignore[reportArgumentType]
+        except (TypeError, ValueError):
+            raise VerifierError(f"verifier {self.name!r} returned {value!r} on the text {text!r}; return a number",
+                                text) from None  # fmt: skip
 
     def _culprit(self, part: list[tuple[int, str]]) -> str:
         for p, text in part:
@@ -144,8 +153,9 @@ class VerifierTerm:
 
     def _log(self, value: float, text: str) -> float:
         kind, floor = self.spec.kind, self.spec.floor
-        if math.isnan(value):
-            raise VerifierError(f"verifier {self.name!r} returned NaN on the text {text!r}; return a number", text)
+        if math.isnan(value) or value == math.inf:
+            what = "NaN" if math.isnan(value) else "an infinite value"
+            raise VerifierError(f"verifier {self.name!r} returned {what} on the text {text!r}; return a number", text)
         if kind == "reward":
             return value / self.spec.beta
         if kind == "log":

@@ -6,7 +6,6 @@ no oracle: a law is an equation between two ways of asking the same part. ``laws
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, cast
 
@@ -276,7 +275,7 @@ def _check_heads(policy: FiniteStepper, record: Rollouts, gen: torch.Generator, 
     cut = (torch.rand(len(record), generator=gen) * (record.n + 1)).long().minimum(record.n)
     s, c = space.replay(record, cut), policy.start_at(record, cut)
     jumped = policy.log_probs(c, s, space.menu(s))
-    for i, (rows, c_i, s_i, menu) in enumerate(_walk_to(policy, record, cut)):
+    for i, rows, c_i, s_i, menu in _walk_to(policy, record, cut):
         move, stop = policy.log_probs(c_i, s_i, menu)
         same(f"start_at equals stepping, cut at {i} (moves)", jumped[0][rows], move, tol)
         same(f"start_at equals stepping, cut at {i} (stops)", jumped[1][rows], stop, tol)
@@ -288,17 +287,18 @@ def _check_heads(policy: FiniteStepper, record: Rollouts, gen: torch.Generator, 
     _check_scores(policy, new, tol)
 
 
-def _walk_to(policy: FiniteStepper, record: Rollouts, cut: Tensor) -> Sequence[tuple[Tensor, Any, State, Menu]]:
-    """For each cut i: the rows that are cut there, and their stepped carry, state and menu."""
+def _walk_to(policy: FiniteStepper, record: Rollouts, cut: Tensor) -> list[tuple[int, Tensor, Any, State, Menu]]:
+    """For each cut: the cut, the rows that are cut there, and their stepped carry, state and menu."""
     out = []
     for i in range(int(cut.max()) + 1):
         rows = (cut == i).nonzero().squeeze(1)
+        if not len(rows):
+            continue
         part = record.take(rows)
         s, c = policy.space.start(part.problem), policy.start(part.problem)
-        for j in range(i if len(rows) else 0):
+        for j in range(i):
             c, s = policy.step(c, s, part.moves[:, j]), policy.space.step(s, part.moves[:, j])
-        if len(rows):
-            out.append((rows, c, s, policy.space.menu(s)))
+        out.append((i, rows, c, s, policy.space.menu(s)))
     return out
 
 

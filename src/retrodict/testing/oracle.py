@@ -195,21 +195,39 @@ def runs_for(relative_sd: float, least: int) -> int:
     return max(least, min(math.ceil((relative_sd / (0.67 * SE_BAR)) ** 2), MAX_RUNS))
 
 
+def _sized(
+    sample: Callable[[int, int], Particles], exact: list[Exact], power: float, seeds: int, seed: int
+) -> tuple[Particles, Float[Tensor, "m r"], int]:
+    """Runs of a batched sampler, (Z-hat / Z)^power of each, and how many.
+
+    A pilot of PILOT runs, whose draws are not used, says how many are needed; where its tail had not shown yet, what
+    was drawn is the next pilot.
+    """
+    log_z = torch.stack([e.z for e in exact]).log()[:, None]
+
+    def call(runs: int, s: int) -> tuple[Particles, Tensor]:
+        p = sample(runs, s)
+        assert p.log_z is not None
+        return p, (power * (p.log_z.double() - log_z)).exp()
+
+    p, ratio = call(PILOT, seed + 1)
+    for attempt in range(3):
+        runs = runs_for(float(ratio.std(1).max()), seeds)
+        p, ratio = call(runs, seed + 100 * attempt)
+        if float(ratio.std(1).max()) / math.sqrt(runs) <= SE_BAR:
+            break
+    return p, ratio, runs
+
+
 def evidence_gates(
     exact: list[Exact], sample: Callable[[int, int], Particles], seeds: int = 200, seed: int = 0
 ) -> list[Gate]:
     """Gates of a sampler that estimates the evidence; ``sample(runs, seed)`` is one batched call.
 
-    A pilot of PILOT runs says how many independent runs are needed (never under ``seeds``); its draws are not used.
+    There are at least ``seeds`` independent runs, and as many as the standard error of Z-hat asks for.
     """
-    pilot = sample(PILOT, seed + 1)
-    assert pilot.log_z is not None
-    z = torch.stack([e.z for e in exact])
-    sd = (pilot.log_z.double() - z.log()[:, None]).exp().std(1).max()
-    runs = runs_for(float(sd), seeds)
-    p = sample(runs, seed)
+    p, ratio, runs = _sized(sample, exact, 1.0, seeds, seed)
     assert p.log_z is not None
-    ratio = (p.log_z.double() - z.log()[:, None]).exp()
     worst_z = worst_x = 0.0
     tested, tv = 0, (0.0, 1.0)
     for i, e in enumerate(exact):
@@ -251,13 +269,9 @@ def conditional_gates(
     def call(runs: int, s: int) -> Particles:
         return sample(cat_rollouts([e.draw(runs, s + 7 + i) for i, e in enumerate(exact)]), runs, s)
 
-    z = torch.stack([e.z for e in exact])
-    pilot = call(PILOT, seed + 1)
-    assert pilot.log_z is not None
-    runs = runs_for(float((z.log()[:, None] - pilot.log_z.double()).exp().std(1).max()), seeds)
-    p, alive = call(runs, seed), free(runs, seed + 2).log_z
+    p, ratio, runs = _sized(call, exact, -1.0, seeds, seed)
+    alive = free(runs, seed + 2).log_z
     assert p.log_z is not None and alive is not None
-    ratio = (z.log()[:, None] - p.log_z.double()).exp()
     gap = ratio - (alive > NEG_INF).double()
     worst_z, worst_x, tested, tv = 0.0, 0.0, 0, (0.0, 1.0)
     for i, e in enumerate(exact):

@@ -228,7 +228,8 @@ def cases(quick: bool = False) -> list[Case]:
     out.append(Case("two ends as one", ends))
     say = [Problem((1,), (2, 1), name="until")]
     out.append(Case("until, force", posterior(mild, say, stop=until("b "), max_tokens=4)))
-    own = posterior(mild, say, stop=until("b"), max_tokens=4, limit="own_stop", verifier=verifier(_count_a))
+    few = TabularLM.random(".ab", order=2, seed=2, scale=0.6)
+    own = posterior(few, say, stop=until("b"), max_tokens=5, limit="own_stop", verifier=verifier(_count_a))
     out.append(Case("until, own_stop", own, None, score))
 
     steep = scored(lm, "a", verifier(_count_a, kind="reward", beta=0.3), stop=".", max_tokens=4)
