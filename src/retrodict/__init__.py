@@ -6,9 +6,10 @@ to its posterior p(Z | X, Y), and say how far from it the draws may be.
 
 import os
 
-# Waiting threads sleep instead of spinning: with one busy neighbour on two cores a decoding step takes 0.1 s instead of
-# 2.5 s (docs/fast.md). Must be set before torch is first imported; a value of the user's own is left alone.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that wait spin for a while, then sleep. By default they spin so long that one busy neighbour on two
+# cores slows a decoding step 20 times; short spins cost a tenth on an idle machine. This is read when torch is first
+# imported, and a value of the user's own is left alone.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from retrodict.diagnostics.verdict import diagnose
 from retrodict.errors import InputError, MissingExtra, RetrodictError, ZeroWeights

@@ -41,7 +41,7 @@ METHODS: dict[str, Sampler] = {
     "prior": lambda t, n, seed, on: ancestral(t, n=n, seed=seed, on_step=on),
     "best of 16": lambda t, n, seed, on: best_of_n(t, n=16, draws=max(1, n // 16), seed=seed, on_step=on),
     "importance": lambda t, n, seed, on: importance(t, n=n // 4, runs=4, seed=seed, on_step=on),
-    "MH": lambda t, n, seed, on: mh(t, n=max(2, n // 4), steps=12, keep=6, seed=seed, on_step=on),
+    "MH": lambda t, n, seed, on: mh(t, n=max(2, n // 4), steps=8, keep=4, seed=seed, on_step=on),
     "SMC": lambda t, n, seed, on: smc(t, n=n // 4, runs=4, seed=seed, on_step=on),
 }
 

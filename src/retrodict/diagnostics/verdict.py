@@ -184,6 +184,8 @@ def _mixing(p: Particles, q: int) -> dict[str, Any]:
     told += [v.double() for v in terms.values() if bool(v.isfinite().all())]
     told = [v.cpu().view(chains, -1) for v in told]
     rhats = [r for r in map(split_rhat, told) if not math.isnan(r)]
+    if any(map(math.isfinite, rhats)):  # one chain resting on the heaviest object is no sign that all stand still
+        rhats = [r for r in rhats if math.isfinite(r)]
     draws = [d for d in map(chain_ess, told) if not math.isnan(d)]
     return out | {"rhat": max(rhats, default=None), "draws": min(draws, default=None)}
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrodict.models.cached import pad_ids
 from retrodict.protocols import Carry, LanguageModel
 
 
@@ -16,16 +17,15 @@ def peek_ragged(
 ) -> Float[Tensor, " b"]:
     """log p of each row's own suffix after ``rows`` of a cache; its first ``skip`` tokens are fed, not scored.
 
-    Rows of equal length go together, and equal (row, suffix) pairs are run once.
+    One pass: shorter suffixes are padded on the right, which no real token sees; equal (row, suffix) pairs are run once.
     """
     out = torch.zeros(len(rows), device=rows.device, dtype=torch.float64)
-    groups: dict[int, dict[tuple[int, tuple[int, ...]], list[int]]] = {}
-    for i, (row, suffix) in enumerate(zip(rows.tolist(), suffixes, strict=True)):
-        if len(suffix) > skip:
-            groups.setdefault(len(suffix), {}).setdefault((row, tuple(suffix)), []).append(i)
-    for pairs in groups.values():
-        ids = torch.tensor([suffix for _, suffix in pairs], device=rows.device)
-        value = lm.peek(cache, ids, torch.tensor([row for row, _ in pairs], device=rows.device))[:, skip:].sum(1)
-        for x, where in zip(value.double(), pairs.values(), strict=True):
-            out[where] = x
-    return out
+    pairs: dict[tuple[int, tuple[int, ...]], int] = {}
+    place = [pairs.setdefault((r, tuple(y)), len(pairs)) for r, y in zip(rows.tolist(), suffixes, strict=True)]
+    ids, length = pad_ids([y for _, y in pairs], rows.device)
+    if ids.shape[1] <= skip:
+        return out
+    log_p = lm.peek(cache, ids, torch.tensor([r for r, _ in pairs], device=rows.device)).double()
+    at = torch.arange(ids.shape[1], device=rows.device)
+    value = torch.where((at >= skip) & (at < length[:, None]), log_p, 0.0).sum(1)
+    return value[torch.tensor(place, device=rows.device)]
