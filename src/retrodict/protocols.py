@@ -1,4 +1,4 @@
-"""The contracts between the parts (DESIGN 1). Structural: any class with these methods takes part.
+"""The contracts between the parts. Structural: any class with these methods takes part.
 
 Shapes: b rows of any mix of problems, v moves, s stop ids, t time. Log-densities in nats.
 """

@@ -153,7 +153,7 @@ def prefix_rewards(lm: Any, repeats: int = 3) -> list[Row]:
 
 
 def sampling(batches: tuple[int, ...] = (256, 1024), prompt: int = 40, tokens: int = 30, repeats: int = 7) -> list[Row]:
-    """DESIGN 5's sampling row: a 135M-shaped model of random weights in bf16 on a GPU, tokens per second."""
+    """Sampling speed of a 135M-shaped model of random weights in bf16 on a GPU, tokens per second."""
     from retrodict.models.decoder import Decoder
     from retrodict.policies.lm import LMPolicy
     from retrodict.records import Problem

@@ -71,7 +71,9 @@ def run(seed: int = 0, out: str = "runs", n: int = 64, stories: int = 3, model: 
     for p, z in zip(own.problems, own.space.show(exact), strict=True):
         x, y = (printable(lm.tokenizer.decode(ids), 70) for ids in (p.context, p.evidence))
         console.print(f"   {p.name}:  {x} [{printable(z, 70)} ] {y}", markup=False)
-    recipe = {"command": "demo", "seed": seed, "n": n, "stories": stories, "model": model}
+    about = "A missing sentence, drawn in proportion to its posterior by several methods on one target."
+    recipe = {"command": "demo", "seed": seed, "n": n, "stories": stories, "model": model, "sampler": list(METHODS),
+              "about": about}  # fmt: skip
     folder = RunFolder.create(out, "demo", recipe, _texts(target, lm), environment(lm))
     drawn: dict[str, Particles] = {}
     try:

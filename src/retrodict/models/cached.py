@@ -252,7 +252,7 @@ class CachedLM:
 
         ``suffixes[s][row]`` are the ids appended under stop s; their first ``skip`` tokens (the stop's own text) are
         fed but not scored. The prompt and the moves are run once; each prefix gets one copy of the suffix that sees
-        the prompt, its own prefix and itself: |X| + L + (L+1)|Y| tokens instead of sum_i (|X| + i + |Y|) (DESIGN 5.2).
+        the prompt, its own prefix and itself: |X| + L + (L+1)|Y| tokens instead of sum_i (|X| + i + |Y|).
         Entries past n are meaningless.
         """
         b, t = moves.shape

@@ -1,4 +1,4 @@
-"""One decoding step as a CUDA graph (DESIGN 5.3): launches, not arithmetic, bound small models on a GPU.
+"""One decoding step as a CUDA graph: launches, not arithmetic, bound small models on a GPU.
 
 A graph owns static buffers for r rows and T columns. A cache that is stepped on a GPU moves into the buffers of a
 free graph of the next size up and stays there; ``take`` gathers inside them. Captured graphs are kept and reused.

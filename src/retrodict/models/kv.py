@@ -1,4 +1,4 @@
-"""A static key-value cache that is shared and gathered (DESIGN 5.3).
+"""A static key-value cache that is shared and gathered.
 
 Cache column is not position: prompts are padded on the right, rows may have holes, and every row keeps its own next
 position. Buffers are written in place, so ``step`` and ``take`` consume the cache they are given.

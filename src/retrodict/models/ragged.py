@@ -17,7 +17,8 @@ def peek_ragged(
 ) -> Float[Tensor, " b"]:
     """log p of each row's own suffix after ``rows`` of a cache; its first ``skip`` tokens are fed, not scored.
 
-    One pass: shorter suffixes are padded on the right, which no real token sees; equal (row, suffix) pairs are run once.
+    One pass: shorter suffixes are padded on the right, which no real token sees; equal pairs of row and suffix are
+    run once.
     """
     out = torch.zeros(len(rows), device=rows.device, dtype=torch.float64)
     pairs: dict[tuple[int, tuple[int, ...]], int] = {}

@@ -1,7 +1,7 @@
 """A policy bent by a guide: q(move) proportional to base(move) psi(next state).
 
 With a hard guide this is local masking. It is only a proposal: what the guide excludes or favours is paid for in
-weights (DESIGN 1), so SMC, importance sampling and MH over it stay unbiased.
+weights, so SMC, importance sampling and MH over it stay unbiased.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from retrodict.targets.algebra import Target
 
 COLUMNS: dict[str, str] = {
     "problem": "problem", "method": "method", "lower": "lower bound", "log_z": "log Z", "upper": "upper bound",
-    "min_ess": "min ESS", "distinct": "distinct", "explains": "log p(Y|X,Z)", "seconds": "seconds", "best": "best",
+    "gap": "gap", "min_ess": "min ESS", "distinct": "distinct", "explains": "log p(Y|X,Z)", "seconds": "seconds", "best": "best",
 }  # fmt: skip
 
 
@@ -199,6 +199,7 @@ def _row(target: Target, name: str, particles: Particles, p: int, policy: bool, 
         row["min_ess"] = float(particles.min_ess[p])
     if p in upper:
         row["upper"], row["upper_se"] = upper[p]
+        row["gap"] = row["upper"] - row["lower"] if row["lower"] is not None else None
     if policy:
         w = torch.full_like(w, 1.0 / k)  # what the policy itself draws, unweighted
     if "likelihood" in objects.terms:

@@ -125,7 +125,7 @@ def log_b_of(rollouts: Rollouts, start: Tensor | None = None) -> Float[Tensor, "
 
 
 def log_pb_of(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:
-    """Sum of log backward probabilities; 0 where the target has a prior over paths (CORRECTIONS, mathematics 2)."""
+    """Sum of log backward probabilities; 0 where the target has a prior: its paths carry their own."""
     if target.prior is not None:
         return torch.zeros(len(rollouts), dtype=torch.float64, device=rollouts.n.device)
     t = torch.arange(rollouts.log_pb.shape[1], device=rollouts.n.device)

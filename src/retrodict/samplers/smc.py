@@ -5,7 +5,7 @@ prior); at its stop a particle's intermediate target is gamma itself. With q the
 
     w_t = gamma_t P_B / (gamma_{t-1} q),      Z-hat = prod over steps of the mean weight
 
-Z-hat is unbiased for any psi and q that do not vanish where gamma does not (Del Moral 2004; DESIGN 4); log Z-hat is
+Z-hat is unbiased for any psi and q that do not vanish where gamma does not (Del Moral 2004); log Z-hat is
 biased low. Weighted averages are biased O(1/n). Resampling happens where ESS < threshold * n and some particle still
 grows: never on the last step.
 """

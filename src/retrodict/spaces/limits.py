@@ -1,4 +1,4 @@
-"""Length limits (DESIGN 3): what happens at L free moves is part of the target, and said.
+"""Length limits: what happens at L free moves is part of the target, and said.
 
 ``force``      at L the stop is forced, log p = 0: the model truncated at L, total mass one.
 ``own_stop``   only strings that stop on their own within L count: log p(stop) is paid at L too.

@@ -23,7 +23,7 @@ from retrodict.spaces.strings import Strings
 class Likelihood:
     """The evidence's log-probability after the latent, stop text included where it belongs to the latent.
 
-    Every prefix at once by the packed tree mask (DESIGN 5.2).
+    Every prefix at once by the packed tree mask.
     """
 
     lm: LanguageModel

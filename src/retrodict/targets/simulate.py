@@ -1,6 +1,6 @@
 """Free exact posterior samples: draw X, Z, Y from the model in the target's own space.
 
-Z is then an exact draw from p(Z | X, Y) for the simulated Y (Grosse et al. 2016; DESIGN 4), which gives upper bounds
+Z is then an exact draw from p(Z | X, Y) for the simulated Y (Grosse et al. 2016), which gives upper bounds
 of the evidence on a real model. Only for simulated Y: nobody has an exact sample for a hand-written one.
 """
 

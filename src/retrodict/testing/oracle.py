@@ -1,7 +1,7 @@
 """Exactness gates: is a sampler right on a target whose every object can be listed?
 
-Weighted averages of one run are biased O(1/n), so nothing here looks at one run (CORRECTIONS of the design, page
-"Mathematics"). With R independent runs, Z-hat_r W_r(x) = mean over the run's particles of w 1[x] is unbiased:
+Weighted averages of one run are biased O(1/n), so nothing here looks at one run.
+With R independent runs, Z-hat_r W_r(x) = mean over the run's particles of w 1[x] is unbiased:
 
     E[Z-hat] = Z,  E[Z-hat W(x)] = gamma(x);     conditional SMC: E[Z / Z-hat] = P(Z-hat > 0),  E[W(x)] = gamma(x) / Z
 
