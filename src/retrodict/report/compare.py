@@ -25,7 +25,8 @@ from retrodict.targets.algebra import Target
 
 COLUMNS: dict[str, str] = {
     "problem": "problem", "method": "method", "lower": "lower bound", "log_z": "log Z", "upper": "upper bound",
-    "gap": "gap", "min_ess": "min ESS", "distinct": "distinct", "explains": "log p(Y|X,Z)", "seconds": "seconds", "best": "best",
+    "gap": "gap", "min_ess": "min ESS", "distinct": "distinct", "explains": "log p(Y|X,Z)", "seconds": "seconds",
+    "best": "best",
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ from retrodict.errors import InputError, nearest
 from retrodict.models.cached import CachedLM
 from retrodict.models.decoder import Decoder
 from retrodict.models.hf.adopt import adopt, adoptable
-from retrodict.models.hf.tokens import HFTokenizer
 from retrodict.models.kv import KVCache
 
 
@@ -27,7 +26,7 @@ class HFModel(CachedLM):
     def __init__(
         self,
         module: Any,
-        tokenizer: HFTokenizer,
+        tokenizer: Any,
         *,
         name: str,
         version: str,
@@ -37,7 +36,7 @@ class HFModel(CachedLM):
         adapter: str | None = None,
         shared: HFModel | None = None,
     ) -> None:
-        self.tokenizer: HFTokenizer
+        self.tokenizer: Any  # HFTokenizer, or anything with its methods
         self.module, self.tokenizer, self.note, self.adapter = module, tokenizer, note, adapter
         self.base_name, self.base_version = name, version
         self.name = name if adapter is None else f"{name}+{adapter}"
@@ -161,7 +160,7 @@ class HFModel(CachedLM):
             self._plain_head = True
             x, _, _ = self._run_module(ids, pos, 3, None, None)
             same = torch.allclose(
-                self._head(x).float(), logits.float(), atol=1e-3 if self.dtype != torch.float64 else 1e-9
+                self._head(x[0]).float(), logits[0].float(), atol=1e-3 if self.dtype != torch.float64 else 1e-9
             )
         except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
             raise InputError(f"{self.name}: this architecture has no plain key-value cache ({error})") from error
