@@ -3,7 +3,7 @@
 .SUFFIXES:
 
 PYTHON ?= python3
-THREADS ?= 2
+THREADS ?= 1
 SUITES ?= exact speed
 RESULTS ?= benchmarks/results
 ARGS ?=
