@@ -192,7 +192,7 @@ def to_pandas(particles: Particles) -> pandas.DataFrame:
     columns: dict[str, Any] = {
         "problem": [i for i in range(p.m) for _ in range(p.k)],
         "name": [names[i] for i in range(p.m) for _ in range(p.k)],
-        "text": list(p.shown),
+        "text": pd.Series(p.shown, dtype=object),  # not pyarrow's strings: byte-level models write lone surrogates
         "n": p.objects.n.tolist(),
         "stop": p.objects.stop.tolist(),
         "weight": p.weights.flatten().tolist(),
