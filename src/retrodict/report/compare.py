@@ -59,7 +59,7 @@ class Comparison:
         for method in dict.fromkeys(r["method"] for r in self.rows):
             mine = [r for r in self.rows if r["method"] == method and (not sided or r["problem"] in sided)]
             row: dict[str, Any] = {"problem": f"mean of {len(mine)}", "method": method}
-            for key in ("lower", "log_z", "upper", "explains", "min_ess", "distinct", "seconds"):
+            for key in ("lower", "log_z", "upper", "gap", "explains", "min_ess", "distinct", "seconds"):
                 values = [r[key] for r in mine if r.get(key) is not None]
                 whole = len(values) == len(mine)
                 row[key] = statistics.fmean(values) if whole else None

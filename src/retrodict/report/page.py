@@ -12,7 +12,7 @@ STYLE = """
   --serif: Charter, "Bitstream Charter", "Iowan Old Style", Georgia, Cambria, serif; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 var(--sans); overflow-wrap: anywhere; }
-main { max-width: 1120px; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
+main { max-width: 1240px; margin: 0 auto; padding: 2.2rem 1.2rem 4rem; }
 h1 { font: 600 1.9rem/1.2 var(--serif); margin: 0 0 .5rem; }
 h2 { font: 600 1.35rem/1.3 var(--serif); margin: 2.6rem 0 .7rem; padding-top: 1.1rem;
   border-top: 1px solid var(--line); }
