@@ -7,8 +7,8 @@ to its posterior p(Z | X, Y), and say how far from it the draws may be.
 import os
 
 # OpenMP threads that wait spin for a while, then sleep. By default they spin so long that one busy neighbour on two
-# cores slows a decoding step 20 times; short spins cost a tenth on an idle machine. This is read when torch is first
-# imported, and a value of the user's own is left alone.
+# cores slows a decoding step more than tenfold; short spins avoid that and cost up to half a step's time on small
+# batches of an idle machine. This is read when torch is first imported; a value of the user's own is left alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from retrodict.diagnostics.verdict import diagnose
