@@ -25,6 +25,7 @@ from retrodict.diagnostics import (
     kl_both,
     length_histogram,
     log_evidence,
+    log_z_interval,
     max_share,
     ngram_diversity,
     pareto_k,
@@ -41,7 +42,7 @@ from retrodict.diagnostics import (
     zero_share,
 )
 from retrodict.errors import InputError
-from retrodict.numerics import log_mean_exp
+from retrodict.numerics import jackknife_log_mean, log_mean_exp
 from retrodict.rng import generator
 
 D = torch.float64
@@ -149,6 +150,22 @@ def test_intervals_cover():
     assert abs(np.mean(hits) - 0.95) < 4.5 * math.sqrt(0.95 * 0.05 / 2000)
     normal = [abs(float(r.mean()) - LOG_Z) < 1.96 * float(r.std()) / math.sqrt(5) for r in x]
     assert np.mean(normal) < 0.91, "planted: the normal quantile in place of Student's"
+
+
+def test_log_z_interval_covers_where_the_jackknife_does_not():
+    gen = torch.Generator().manual_seed(3)
+    for runs, sd, least in ((4, 0.3, 0.93), (4, 1.5, 0.89), (16, 1.0, 0.92)):
+        log_z = sd * torch.randn(4000, runs, generator=gen, dtype=torch.float64) - sd * sd / 2  # E[Z-hat] = 1
+        spans = [log_z_interval(row) for row in log_z]
+        cover = sum(low <= 0 <= high for low, high in spans) / len(spans)
+        value, se = jackknife_log_mean(log_z)
+        plain = float((value.abs() <= t_quantile(runs - 1) * se).double().mean())
+        assert least < cover < 0.975
+        assert sd < 1 or cover > plain + 0.02  # the log of the mean sits too low, and its error is too small
+    assert log_z_interval(torch.tensor([1.0])) == (-math.inf, math.inf)
+    assert log_z_interval(torch.tensor([1.0, -math.inf])) == (-math.inf, math.inf)
+    same = log_z_interval(torch.full((5,), 2.0))
+    assert same == (2.0, 2.0)
 
 
 def test_t_quantile_is_scipys():

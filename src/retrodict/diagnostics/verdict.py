@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrodict.diagnostics.bounds import t_quantile
+from retrodict.diagnostics.bounds import log_z_interval, t_quantile
 from retrodict.diagnostics.chains import chain_ess, split_rhat
 from retrodict.diagnostics.divergence import normalised, total_variation, tv_bound
 from retrodict.diagnostics.weights import max_share, pareto_k, pareto_threshold, weight_se, zero_share
@@ -160,11 +160,12 @@ def _evidence(log_z: Tensor, log_w: Tensor, x: Mapping[str, Any]) -> dict[str, A
     elif runs == 1 and x["method"] in INDEPENDENT:
         se = weight_se(log_w)
     se = se if math.isfinite(se) else math.inf
-    half = t_quantile(runs - 1 if runs > 1 else len(log_w) - 1, 0.95) * se if 0 < se < math.inf else se
+    half = t_quantile(len(log_w) - 1, 0.95) * se if runs == 1 and 0 < se < math.inf else se
+    low, high = (value - half, value + half) if runs == 1 or se == 0 else log_z_interval(log_z)
     sd = float(log_z.std()) if runs > 1 and bool(log_z.isfinite().all()) else None
     sd = math.inf if runs > 1 and sd is None and math.isfinite(value) else sd
     share = float(torch.softmax(log_z, 0).max()) if runs > 1 and math.isfinite(value) else None
-    return {"log_z": value, "se": se, "low": value - half, "high": value + half, "runs": runs, "run_sd": sd,
+    return {"log_z": value, "se": se, "low": low, "high": high, "runs": runs, "run_sd": sd,
             "run_share": share}  # fmt: skip
 
 
