@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import pandas
     import rich.table
 
-FORMAT, VERSION = "retrodict.particles", 1
+VERSION = 1
 _ROWS = tuple(f.name for f in dataclasses.fields(Rollouts) if f.name not in ("terms", "versions", "behaviour"))
 _TEXT = ("method", "settings", "counts", "notes")
 _TRACE = tuple(f.name for f in dataclasses.fields(Trace) if f.name not in _TEXT)
@@ -42,27 +42,44 @@ SHOWN = 60
 
 def save(particles: Particles, path: str | os.PathLike[str]) -> Path:
     """Write the particles to one safetensors file, whole or not at all; the folder is made where it is missing."""
-    from safetensors.torch import save as to_bytes
-
     p, r, t = particles, particles.objects, particles.trace
     tensors = {f"objects.{f}": getattr(r, f) for f in _ROWS} | {f"terms.{k}": v for k, v in r.terms.items()}
     tensors |= {f"trace.{f}": getattr(t, f) for f in _TRACE if getattr(t, f) is not None}
     tensors |= {"log_w": p.log_w} | ({} if p.log_z is None else {"log_z": p.log_z})
-    tensors |= _ragged("shown", [s.encode("utf-8", "surrogatepass") for s in p.shown], torch.uint8)
+    tensors |= ragged("shown", [s.encode("utf-8", "surrogatepass") for s in p.shown], torch.uint8)
     meta: dict[str, Any] = {"names": list(p.names), "behaviour": _plain(r.behaviour), "versions": _plain(r.versions)}
     meta["trace"] = {f: _plain(getattr(t, f)) for f in _TEXT}
-    if all(-(2**63) <= i < 2**63 for key in p.keys for i in key):
-        tensors |= _ragged("keys", p.keys, torch.int64)
-    else:
-        meta["keys"] = [[int(i) for i in key] for key in p.keys]
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    text = json.dumps(meta)
-    header = {"format": FORMAT, "version": str(VERSION), "meta": text, "digest": _digest(tensors, text)}
-    return write_atomically(path, to_bytes(tensors, header))
+    pack_keys(p.keys, tensors, meta)
+    return write_tensors(path, "particles", tensors, meta)
 
 
 def load(path: str | os.PathLike[str]) -> Particles:
     """Read what :func:`save` wrote, on the CPU. Anything else raises one line that names the file."""
+    tensors, meta = read_tensors(path, "particles", "Particles.save")
+    try:
+        return _rebuild(tensors, meta)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        raise InputError(f"{path} does not hold consistent particles ({e}); save it again") from None
+
+
+def write_tensors(
+    path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> Path:
+    """Write tensors and what JSON holds beside them to one safetensors file with a digest, whole or not at all."""
+    from safetensors.torch import save as to_bytes
+
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    text = json.dumps(meta)
+    header = {"format": f"retrodict.{kind}", "version": str(VERSION), "meta": text, "digest": _digest(tensors, text)}
+    return write_atomically(path, to_bytes(tensors, header))
+
+
+def read_tensors(path: str | os.PathLike[str], kind: str, writer: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (on the CPU) and the rest of a file of this ``kind``, which ``writer`` wrote.
+
+    Raises:
+        InputError: no such file, another kind of file, a newer version, or damage; one line that names the file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
 
@@ -70,23 +87,22 @@ def load(path: str | os.PathLike[str]) -> Particles:
     try:
         data = path.read_bytes()
     except OSError as e:
-        raise InputError(f"cannot read {path} ({e.strerror or e}); give the path that Particles.save wrote") from None
+        raise InputError(f"cannot read {path} ({e.strerror or e}); give the path that {writer} wrote") from None
     try:
         tensors = from_bytes(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
+        text = header.get("meta", "{}")
+        meta = json.loads(text)
     except (SafetensorError, ValueError, KeyError) as e:
         reason = " ".join(str(e).split())
-        raise InputError(f"{path} is not a particles file, or is cut short ({reason}); save it again") from None
-    if header.get("format") != FORMAT:
-        raise InputError(f"{path} is a safetensors file but holds no particles; give a file that Particles.save wrote")
+        raise InputError(f"{path} is not a {kind} file, or is cut short ({reason}); save it again") from None
+    if header.get("format") != f"retrodict.{kind}":
+        raise InputError(f"{path} is a safetensors file but holds no {kind}; give a file that {writer} wrote")
     if header.get("version") != str(VERSION):
         raise InputError(f"{path} has format version {header.get('version')}, this is {VERSION}; upgrade retrodict")
-    if header.get("digest") != _digest(tensors, header.get("meta", "")):
+    if header.get("digest") != _digest(tensors, text):
         raise InputError(f"{path} is damaged (its digest does not match); save it again")
-    try:
-        return _rebuild(tensors, json.loads(header["meta"]))
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
-        raise InputError(f"{path} does not hold consistent particles ({e}); save it again") from None
+    return tensors, meta
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> Path:
@@ -113,8 +129,8 @@ def _rebuild(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Particles:
 
     rows, log_w, log_z = under("objects."), tensors["log_w"], tensors.get("log_z")
     objects = Rollouts(**rows, terms=under("terms."), versions=meta["versions"], behaviour=meta["behaviour"])
-    shown = [bytes(s).decode("utf-8", "surrogatepass") for s in _unragged(tensors, "shown")]
-    keys = meta["keys"] if "keys" in meta else _unragged(tensors, "keys")
+    shown = [bytes(s).decode("utf-8", "surrogatepass") for s in unragged(tensors, "shown")]
+    keys = unpack_keys(tensors, meta)
     t = meta["trace"]
     b, long = log_w.numel(), objects.moves.shape[1]
     shapes = [(k, v.shape[0] == b) for k, v in (rows | under("terms.")).items()]
@@ -127,10 +143,11 @@ def _rebuild(tensors: dict[str, Tensor], meta: dict[str, Any]) -> Particles:
     if wrong:
         raise ValueError(f"{', '.join(wrong)} does not fit the other tensors")
     trace = Trace(t["method"], t["settings"], counts=t["counts"], notes=tuple(t["notes"]), **under("trace."))
-    return Particles(objects, log_w, log_z, tuple(shown), tuple(map(tuple, keys)), trace, tuple(meta["names"]))
+    return Particles(objects, log_w, log_z, tuple(shown), tuple(keys), trace, tuple(meta["names"]))
 
 
-def _ragged(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
+def ragged(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows of different lengths as one flat tensor and their lengths."""
     flat = [i for row in rows for i in row]
     return {
         f"ragged.{name}": torch.tensor(flat, dtype=dtype),
@@ -138,8 +155,22 @@ def _ragged(name: str, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> dic
     }
 
 
-def _unragged(tensors: Mapping[str, Tensor], name: str) -> list[list[int]]:
+def unragged(tensors: Mapping[str, Tensor], name: str) -> list[list[int]]:
+    """The rows that :func:`ragged` stored."""
     return [x.tolist() for x in tensors[f"ragged.{name}"].split(tensors[f"ragged.{name}.size"].tolist())]
+
+
+def pack_keys(keys: Sequence[tuple[int, ...]], tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Add the keys to a file's tensors, or to its JSON where one has more than 64 bits."""
+    if all(-(2**63) <= i < 2**63 for key in keys for i in key):
+        tensors |= ragged("keys", keys, torch.int64)
+    else:
+        meta["keys"] = [[int(i) for i in key] for key in keys]
+
+
+def unpack_keys(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """The keys that :func:`pack_keys` added."""
+    return [tuple(key) for key in (meta["keys"] if "keys" in meta else unragged(tensors, "keys"))]
 
 
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:

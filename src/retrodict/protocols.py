@@ -112,6 +112,25 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Trainable(Policy, Protocol):
+    """A policy with parameters: leaf tensors, by name and in a fixed order.
+
+    ``score(..., grad=True)`` is differentiable in them; ``refresh`` is called after they changed, so that sampling
+    (buffers, captured graphs) follows and ``version`` moves.
+    """
+
+    @property
+    def version(self) -> str: ...
+    @property
+    def problems(self) -> Problems: ...
+
+    def parameters(self) -> Mapping[str, Tensor]: ...
+    def refresh(self) -> None: ...
+    def score(self, rollouts: Rollouts, raw: bool = False, grad: bool = False) -> Scores: ...
+    def on(self, problems: Problems) -> Any: ...
+
+
+@runtime_checkable
 class Stepper(Policy, Protocol):
     """A policy that also works move by move.
 

@@ -123,6 +123,17 @@ def _widen(x: Tensor, width: int, fill: float | bool) -> Tensor:
     return torch.cat([x, pad], 1)
 
 
+def trim(rollouts: Rollouts) -> Rollouts:
+    """The same rows without columns that all of them pad."""
+    t = int(rollouts.n.max()) if len(rollouts) else 0
+    if t == rollouts.moves.shape[1]:
+        return rollouts
+    rows = {f: getattr(rollouts, f)[:, :t] for f in ("moves", "kind", "log_q", "log_pb")}
+    rows |= {f: getattr(rollouts, f)[:, : t + 1] for f in ("can_stop", "log_stop", "log_b")}
+    terms = {k: v[:, : t + 1] if v.dim() > 1 else v for k, v in rollouts.terms.items()}
+    return dataclasses.replace(rollouts, **rows, terms=terms)
+
+
 def cat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
     """Join rows; shorter ones are padded. Terms that not every part has are dropped."""
     if len(parts) == 1:

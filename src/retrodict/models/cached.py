@@ -8,10 +8,12 @@ mask. Logits are taken only where they are read, and their log-softmax is comput
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from retrodict.errors import InputError
 from retrodict.models.kv import KVCache
@@ -191,7 +193,26 @@ class CachedLM:
         cache, x = self.extend(cache, moves.to(self.device), n.to(self.device))
         return cache, x, first
 
-    @torch.no_grad()
+    def _trunk_with_grad(
+        self, prompts: Sequence[Sequence[int]], moves: Int[Tensor, "b t"]
+    ) -> tuple[Tensor | None, Float[Tensor, "b v"]]:
+        """As ``_trunk`` with the graph kept, and so without a buffer that is written in place."""
+        self.check_prompts(prompts)
+        distinct, index = unique_rows(prompts)
+        ids, n = pad_ids(distinct, self.device)
+        at = torch.tensor(index, device=self.device)
+        steps = torch.arange(ids.shape[1], device=self.device)
+        self._count(ids)
+        x, k, v = self._run(ids, steps.expand(ids.shape), ids.shape[1], None, None)
+        first = self._head(x[torch.arange(len(n), device=self.device), n - 1])[at]
+        if not moves.shape[1]:
+            return None, first
+        valid = (steps < n[:, None])[at]
+        cache = KVCache(k[:, at], v[:, at], valid, ids.shape[1], n[at], first)
+        pos = n[at, None] + torch.arange(moves.shape[1], device=self.device)
+        self._count(moves)
+        return self._run(moves, pos, moves.shape[1], cache, valid[:, None])[0], first
+
     def score(
         self,
         prompts: Sequence[Sequence[int]],
@@ -199,44 +220,55 @@ class CachedLM:
         n: Int[Tensor, " b"],
         stops: Sequence[int] = (),
         legal: Bool[Tensor, " v"] | None = None,
+        grad: bool = False,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t1 s"], Float[Tensor, "b t1"]]:
-        """One teacher-forced pass over b continuations.
+        """One teacher-forced pass over b continuations, with gradient in the adapter's weights where asked for.
 
         Returns log p(move i | prefix), log p(stop id | prefix i) for i = 0..t, and the log of the mass that the
         ``legal`` tokens have after prefix i (0 where ``legal`` is None). Entries past n are meaningless.
         """
+        with torch.set_grad_enabled(grad):
+            return self._score(prompts, moves, n, stops, legal)
+
+    def _score(self, prompts, moves, n, stops, legal) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN001
         b, t = moves.shape
         groups = self._by_length(n)
         if len(groups) > 1:
             out = (self._zeros(b, t), self._zeros(b, t + 1, len(stops)), self._zeros(b, t + 1))
             for rows, top in groups:
-                part = self.score([prompts[i] for i in rows.tolist()], moves[rows, :top], n[rows], stops, legal)
+                part = self._score([prompts[i] for i in rows.tolist()], moves[rows, :top], n[rows], stops, legal)
                 for whole, some in zip(out, part, strict=True):
                     whole[rows, : some.shape[1]] = some
             return out
-        _, x, first = self._trunk(prompts, moves, n)
-        log_p = self._zeros(b, t)
-        log_stop = self._zeros(b, t + 1, len(stops))
-        mass = self._zeros(b, t + 1)
+        if torch.is_grad_enabled():
+            x, first = self._trunk_with_grad(prompts, moves.to(self.device))
+        else:
+            _, x, first = self._trunk(prompts, moves, n)
+        moves, n = moves.to(self.device), n.to(self.device)
         stop_ids = torch.tensor(list(stops), dtype=torch.long, device=self.device)
-        moves = moves.to(self.device)
-        live = torch.arange(t + 1, device=self.device) <= n[:, None].to(self.device)
-        where = live.nonzero()
+        padded = torch.cat([moves, moves.new_zeros(b, 1)], 1)  # no move follows the last state
 
-        def read(lp: Tensor, at: Tensor) -> None:
-            i, j = at.unbind(1)
-            log_stop[i, j] = lp[:, stop_ids]
-            if legal is not None:
-                mass[i, j] = lp.masked_fill(~legal, NEG_INF).logsumexp(-1)
-            inner = j < t
-            log_p[i[inner], j[inner]] = lp[inner].gather(1, moves[i[inner], j[inner]][:, None]).squeeze(1)
+        def read(logits: Tensor, move: Tensor) -> Tensor:
+            """log p of the move, of each stop id, and the legal mass: ``[c, 2 + s]``."""
+            lp = log_prob_of(logits)
+            mass = lp.new_zeros(len(lp)) if legal is None else lp.masked_fill(~legal, NEG_INF).logsumexp(-1)
+            return torch.cat([lp.gather(1, move[:, None]), mass[:, None], lp[:, stop_ids]], 1)
 
-        root = where[:, 1] == 0
-        read(log_prob_of(first), where[root])
+        out = self._zeros(b, t + 1, 2 + len(stops))
+        out[:, 0] = read(first, padded[:, 0])
         if x is not None:
-            at = where[~root]
-            self._read(x[at[:, 0], at[:, 1] - 1], lambda lp, rows: read(lp, at[rows]))
-        return log_p, log_stop, mass
+            i, j = (torch.arange(1, t + 1, device=self.device) <= n[:, None]).nonzero().unbind(1)
+            out[i, j + 1] = self._by_chunk(x[i, j], padded[i, j + 1], read)
+        return out[:, :t, 0], out[:, :, 2:], out[:, :, 1]
+
+    def _by_chunk(self, x: Tensor, move: Tensor, read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """``read`` of the logits of rows of x, chunk by chunk; with gradient, logits are made again when needed."""
+        size = max(1, CHUNK // self.vocab_size)
+        parts = list(zip(x.split(size), move.split(size), strict=True))
+        if not torch.is_grad_enabled() or len(parts) == 1:
+            return torch.cat([read(self._head(part), ids) for part, ids in parts])
+        again: Any = checkpoint
+        return torch.cat([again(lambda h, m: read(self._head(h), m), *p, use_reentrant=False) for p in parts])
 
     @torch.no_grad()
     def score_suffixes(

@@ -8,11 +8,13 @@ Ainslie et al. 2023. Norms are computed in float32, as the reference models do.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from retrodict.models.cached import CachedLM
 from retrodict.models.graph import GraphPool
@@ -21,19 +23,61 @@ from retrodict.numerics import NEG_INF
 
 
 @dataclass
+class LowRank:
+    """An adapter (Hu et al. 2022, LoRA) of the projections that share one fused weight: y += (x A') B'.
+
+    ``a`` and ``b`` are what decoding reads: in the model's dtype, B block-diagonal with the scale folded in. ``parts``
+    are the tensors they were made from, one tuple a projection: (A, B, scale, rows of the fused output).
+    """
+
+    a: Float[Tensor, "rank in"]
+    b: Float[Tensor, "out rank"]
+    parts: list[tuple[Tensor, Tensor, float, slice]]
+
+    @classmethod
+    def fuse(cls, weight: Tensor, parts: list[tuple[Tensor, Tensor, float, slice]]) -> LowRank:
+        """Buffers for these parts, filled."""
+        rank = sum(a.shape[0] for a, *_ in parts)
+        new = cls(weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank), parts)
+        new.refresh()
+        return new
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the parts into the buffers, in place: captured graphs see the new weights."""
+        at = 0
+        for a, b, scale, rows in self.parts:
+            self.a[at : at + len(a)] = a
+            self.b[rows, at : at + len(a)] = b * scale
+            at += len(a)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the adapter adds; differentiable in the parts where gradients are on."""
+        if not torch.is_grad_enabled():
+            return F.linear(F.linear(x, self.a), self.b)
+        inner = F.linear(x, torch.cat([a for a, *_ in self.parts]).to(x.dtype))
+        out, at, row = [], 0, 0
+        for a, b, scale, rows in self.parts:
+            if rows.start > row:
+                out.append(inner.new_zeros(*x.shape[:-1], rows.start - row))
+            out.append(F.linear(inner[..., at : at + len(a)], b.to(x.dtype) * scale))
+            at, row = at + len(a), rows.stop
+        if row < len(self.b):
+            out.append(inner.new_zeros(*x.shape[:-1], len(self.b) - row))
+        return torch.cat(out, -1) if len(out) > 1 else out[0]
+
+
+@dataclass
 class Linear:
-    """y = x W' + b, plus a low-rank adapter ``(x A') B'`` for each adapter name that has one."""
+    """y = x W' + b, plus the low-rank adapter of each name that has one."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None = None
-    lora: dict[str, tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]] = field(default_factory=dict)
+    lora: dict[str, LowRank] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, adapter: str | None) -> Tensor:
         y = F.linear(x, self.weight, self.bias)
-        if adapter in self.lora:
-            a, b = self.lora[adapter]
-            y = y + F.linear(F.linear(x, a), b)
-        return y
+        return y + self.lora[adapter](x) if adapter in self.lora else y
 
 
 @dataclass
@@ -86,6 +130,7 @@ class Decoder(CachedLM):
     def __init__(self, weights: Weights, adapter: str | None = None) -> None:
         self.w = weights
         self.adapter = adapter
+        self.checkpointing = False
         self.vocab_size = weights.embed.shape[0]
         self.context = weights.cos.shape[0]
         self.device = weights.embed.device
@@ -139,25 +184,32 @@ class Decoder(CachedLM):
         visible: Bool[Tensor, "r n T"] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         w = self.w
-        r, q = ids.shape
         x = F.embedding(ids, w.embed)
         cos, sin = w.cos[pos][:, :, None], w.sin[pos][:, :, None]
         keys, values = [], []
         bias = _bias(visible, x.dtype) if visible is not None else None
+        again: Any = checkpoint
         for i, layer in enumerate(w.layers):
-            qs, k, v = self._qkv(layer, rms_norm(x, layer.norm1, w.eps), cos, sin)
-            if cache is None:
-                a = F.scaled_dot_product_attention(
-                    qs.flatten(1, 2), *_repeat(qs, k, v), is_causal=True, scale=w.scale
-                ).view(qs.shape)
+            old = None if cache is None else (cache.k[i, :, :, : cache.used], cache.v[i, :, :, : cache.used])
+            if self.checkpointing and torch.is_grad_enabled():
+                x, k, v = again(self._block, layer, x, cos, sin, old, bias, block, use_reentrant=False)
             else:
-                u = cache.used
-                a = attend(qs, cache.k[i, :, :, :u], cache.v[i, :, :, :u], k, v, bias, block, w.scale)
-            x = x + layer.out(a.permute(0, 3, 1, 2, 4).reshape(r, q, -1), self.adapter)
-            x = x + self._mlp(layer, rms_norm(x, layer.norm2, w.eps))
+                x, k, v = self._block(layer, x, cos, sin, old, bias, block)
             keys.append(k)
             values.append(v)
         return rms_norm(x, w.norm, w.eps), torch.stack(keys), torch.stack(values)
+
+    def _block(self, layer, x, cos, sin, old, bias, block) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN001
+        """One layer: (x, new keys, new values)."""
+        w = self.w
+        qs, k, v = self._qkv(layer, rms_norm(x, layer.norm1, w.eps), cos, sin)
+        if old is None:
+            a = F.scaled_dot_product_attention(qs.flatten(1, 2), *_repeat(qs, k, v), is_causal=True, scale=w.scale)
+            a = a.view(qs.shape)
+        else:
+            a = attend(qs, *old, k, v, bias, block, w.scale)
+        x = x + layer.out(a.permute(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1), self.adapter)
+        return x + self._mlp(layer, rms_norm(x, layer.norm2, w.eps)), k, v
 
 
 def _repeat(qs: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

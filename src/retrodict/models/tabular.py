@@ -118,8 +118,9 @@ class TabularLM:
         n: Int[Tensor, " b"],
         stops: Sequence[int] = (),
         legal: Bool[Tensor, " v"] | None = None,
+        grad: bool = False,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t1 s"], Float[Tensor, "b t1"]]:
-        """As ``CachedLM.score``, by stepping."""
+        """As ``CachedLM.score``, by stepping; always differentiable in the table."""
         b, t = moves.shape
         cache, _ = self.encode(prompts)
         log_p, log_stop, mass = [], [], []

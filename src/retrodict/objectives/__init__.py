@@ -8,12 +8,13 @@ from retrodict.objectives.ppo import ppo
 from retrodict.objectives.reinforce import reinforce
 from retrodict.objectives.residual import residual
 from retrodict.objectives.rtb import rtb
+from retrodict.objectives.sir import sir
 from retrodict.objectives.subtb import subtb
 from retrodict.objectives.table import OBJECTIVES, objective
 from retrodict.objectives.tb import tb
 from retrodict.objectives.vargrad import vargrad
 
 __all__ = [
-    "OBJECTIVES", "db", "grpo", "mle", "objective", "pooled", "ppo", "reinforce", "residual", "rloo", "rtb", "subtb",
-    "tb", "vargrad",
+    "OBJECTIVES", "db", "grpo", "mle", "objective", "pooled", "ppo", "reinforce", "residual", "rloo", "rtb", "sir",
+    "subtb", "tb", "vargrad",
 ]  # fmt: skip

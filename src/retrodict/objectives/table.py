@@ -14,6 +14,7 @@ from retrodict.objectives.pooled import pooled
 from retrodict.objectives.ppo import ppo
 from retrodict.objectives.reinforce import reinforce
 from retrodict.objectives.rtb import rtb
+from retrodict.objectives.sir import sir
 from retrodict.objectives.subtb import subtb
 from retrodict.objectives.tb import tb
 from retrodict.objectives.vargrad import vargrad
@@ -29,11 +30,18 @@ OBJECTIVES: dict[str, Objective] = {
     "db": db,
     "rtb": rtb,
     "mle": mle,
+    "sir": sir,
     "reinforce": reinforce,
     "rloo": rloo,
     "grpo": grpo,
     "ppo": ppo,
 }
+
+
+NEED_PREFIXES = ("pooled", "subtb", "db")
+"""Those that live on the values of every prefix."""
+WITH_LOG_Z = ("tb", "rtb", "subtb", "db")
+"""Those that read a learned log Z where they are given one."""
 
 
 def objective(name: str) -> Objective:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrodict.errors import InputError, nearest
 from retrodict.numerics import NEG_INF, sample_categorical
 from retrodict.protocols import Carry, Problems, State
-from retrodict.records import FORCED, FREE, MUST_MOVE, MUST_STOP, PAD, Menu, Rollouts, Scores
+from retrodict.records import CHOOSE, FORCED, FREE, MUST_MOVE, MUST_STOP, PAD, Menu, Rollouts, Scores
 
 
 def over_menu(
@@ -64,6 +66,43 @@ def tempered(log_move: Tensor, log_stop: Tensor, temperature: float) -> tuple[Te
     return joint[:, : log_move.shape[1]], joint[:, log_move.shape[1] :]
 
 
+def explored(log_move: Tensor, log_stop: Tensor, menu: Menu, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(1 - epsilon) of a distribution plus epsilon of the uniform one over all legal moves and stops together.
+
+    States where the space leaves no choice keep theirs. The uniform part also covers what a guide masks in q.
+    """
+    if epsilon == 0.0:
+        return log_move, log_stop
+    legal = torch.ones_like(log_move, dtype=torch.bool) if menu.legal is None else menu.legal
+    stops = menu.can_stop[:, None].expand_as(log_stop)
+    size = (legal.sum(1) + stops.sum(1)).to(log_move.dtype)
+    uniform, choice = (math.log(epsilon) - size.log())[:, None], (menu.must == CHOOSE)[:, None]
+
+    def mix(log_p: Tensor, allowed: Tensor) -> Tensor:
+        part = torch.where(allowed, uniform, NEG_INF)
+        return torch.where(choice, torch.logaddexp(log_p + math.log1p(-epsilon), part), log_p)
+
+    return mix(log_move, legal), mix(log_stop, stops)
+
+
+def behaviour_of(behaviour: Mapping[str, Any] | None) -> tuple[float, float]:
+    """(temperature, epsilon) of a behaviour, 1 and 0 by default.
+
+    Raises:
+        InputError: an unknown key, a temperature that is not positive, an epsilon outside [0, 1).
+    """
+    known = {"temperature": 1.0, "epsilon": 0.0}
+    for key in behaviour or {}:
+        if key not in known:
+            raise InputError(f"unknown behaviour {key!r}{nearest(key, known)}")
+    temperature, epsilon = (float(x) for x in {**known, **(behaviour or {})}.values())
+    if not 0 < temperature < math.inf:
+        raise InputError(f"the behaviour's temperature must be positive, not {temperature:g}; 1 is the policy itself")
+    if not 0 <= epsilon < 1:
+        raise InputError(f"epsilon must be at least 0 and below 1, not {epsilon:g}; it is the share of random moves")
+    return temperature, epsilon
+
+
 class FiniteStepper:
     """Base of policies that list log-probabilities of all moves. Subclasses give the Stepper methods."""
 
@@ -98,8 +137,9 @@ class FiniteStepper:
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, raw: bool = False) -> Scores:
-        """log q of every recorded move and of every stop, by replaying step by step."""
+        """log q of every recorded move and of every stop, by replaying; no tool runs again."""
         b, t = rollouts.moves.shape[:2]
+        scripted = bool((rollouts.kind == FORCED).any())
         s = self.space.replay(rollouts, torch.zeros_like(rollouts.n))
         c = self.start(rollouts.problem)
         rows = torch.arange(b, device=rollouts.n.device)
@@ -120,7 +160,11 @@ class FiniteStepper:
             log_q.append(step_lp)
             rows, c, s = rows[on], self.take(c, on), self.space.take(s, on)
             if len(rows):
-                c, s = self.step(c, s, move), self.space.step(s, move)
+                c = self.step(c, s, move)
+                if scripted:
+                    s = self.space.replay(rollouts.take(rows), torch.full_like(rows, i + 1))
+                else:
+                    s = self.space.step(s, move)
             else:
                 log_q += [move_lp.new_zeros(b)] * (t - i - 1)
                 log_stop += [stop_lp.new_full((b, stop_lp.shape[1]), NEG_INF)] * (t - i)
@@ -197,13 +241,14 @@ def rollout(
 ) -> Rollouts:
     """Draw one complete object a row by ancestral sampling.
 
-    ``behaviour={"temperature": T}`` tempers what is drawn from, never ``log_q``. ``record_raw`` names the term under
-    which the policy's raw log-probabilities are kept (``"prior"`` where the policy samples from the prior), so that p
-    and q of a weight come from the same pass. ``prefix=(rollouts, cut)`` keeps the first ``cut`` moves of given rows
-    and draws only the rest (``log_q`` of kept moves is copied). ``at_end(carry, index, problem, stop)`` gives terms of
-    the rows that stop at a step, while their caches are still there.
+    ``behaviour={"temperature": T, "epsilon": e}`` says what is drawn from, and never enters ``log_q``: at each state
+    b = (1 - e) q^(1/T) / sum q^(1/T) + e uniform over the menu, recorded in ``log_b``. ``record_raw`` names the term
+    under which the policy's raw log-probabilities are kept (``"prior"`` where the policy samples from the prior), so
+    that p and q of a weight come from the same pass. ``prefix=(rollouts, cut)`` keeps the first ``cut`` moves of given
+    rows and draws only the rest (``log_q`` of kept moves is copied). ``at_end(carry, index, problem, stop)`` gives
+    terms of the rows that stop at a step, while their caches are still there.
     """
-    temperature = float((behaviour or {}).get("temperature", 1.0))
+    temperature, epsilon = behaviour_of(behaviour)
     space, device = policy.space, problem.device
     rows = torch.arange(len(problem), device=device)
     if prefix is None:
@@ -221,7 +266,7 @@ def rollout(
                 _keep(tape, *prefix, record_raw)
         raw = policy.log_probs(c, s, menu, raw=True) if record_raw else None
         tape.at_state(rows, n, menu, log_stop, raw[1] if raw else None)
-        b_move, b_stop = tempered(log_move, log_stop, temperature)
+        b_move, b_stop = explored(*tempered(log_move, log_stop, temperature), menu, epsilon)
         move, stop = choose(b_move, b_stop, gen)
         ends = stop >= 0
         tape.n[rows], tape.stop[rows] = n, stop.clamp_min(0)

@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
+from retrodict.errors import InputError
 from retrodict.numerics import NEG_INF, log_prob_of
 from retrodict.policies.base import FiniteStepper, over_menu, rollout
 from retrodict.protocols import LanguageModel, Problems
-from retrodict.records import FREE, Menu, Rollouts, Scores
+from retrodict.records import FORCED, FREE, Menu, Rollouts, Scores
 from retrodict.spaces.strings import Strings, StringState
 
 
@@ -43,7 +45,11 @@ class LMPolicy(FiniteStepper):
     ) -> None:
         self.lm, self.space, self.problems = lm, space, problems
         self.reads: Literal["context", "q_prompt"] = reads
-        self.version = f"{lm.version}/{reads}"
+
+    @property
+    def version(self) -> str:
+        """Fingerprint of the weights and of what they read."""
+        return f"{self.lm.version}/{self.reads}"
 
     def on(self, problems: Problems) -> LMPolicy:
         """The same view on other problems."""
@@ -79,7 +85,7 @@ class LMPolicy(FiniteStepper):
         log_p = c.log_p if c.tidy else c.log_p[c.rows]
         stop = self.space.raw_stop(log_p)
         if raw:
-            return log_p, self.space.log_p_stop(stop, s.n, s.ended)
+            return log_p, self.space.log_p_stops(stop, s)
         return over_menu(log_p, stop, menu)
 
     def step(self, c: LMCarry, s: StringState, move: Int[Tensor, " b"]) -> LMCarry:
@@ -109,12 +115,25 @@ class LMPolicy(FiniteStepper):
         """Draw one string a row."""
         return rollout(self, problem, gen, behaviour=behaviour)
 
-    def score(self, rollouts: Rollouts, raw: bool = False) -> Scores:
-        """log q of all moves and all stops in one teacher-forced pass."""
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable tensors of the model's view, by name."""
+        found = self.lm.parameters() if hasattr(self.lm, "parameters") else {}  # pyright: ignore[reportAttributeAccessIssue]
+        if not found:
+            raise InputError(f"{self.lm.name} has nothing to train; give it an adapter (lm.add_adapter('q'))")
+        return found
+
+    def refresh(self) -> None:
+        """What decoding reads follows the parameters."""
+        self.lm.refresh()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def score(self, rollouts: Rollouts, raw: bool = False, grad: bool = False) -> Scores:
+        """log q of all moves and all stops in one teacher-forced pass, differentiable where asked for."""
         b, t = rollouts.moves.shape
         space, n = self.space, rollouts.n
         legal = None if raw else space.legal_ids(self.lm.device)
-        log_p, log_ids, mass = self.lm.score(self.prompts(rollouts.problem), rollouts.moves, n, space.stops.ids, legal)
+        log_p, log_ids, mass = self.lm.score(
+            self.prompts(rollouts.problem), rollouts.moves, n, space.stops.ids, legal, **({"grad": True} if grad else {})
+        )
         if not space.stops.acts:
             stop = log_p.new_zeros(b, t + 1, 1)
         else:
@@ -123,16 +142,18 @@ class LMPolicy(FiniteStepper):
         ended = torch.zeros(b, t + 1, dtype=torch.bool, device=n.device)
         if space.stops.predicate is not None:
             ended[torch.arange(b, device=n.device), n] = space.replay(rollouts, n).ended
-        free = rollouts.kind == FREE
+        free, put = rollouts.kind == FREE, pad(rollouts.kind == FORCED, (0, 1))  # put: the space moves on from there
+        moved = pad(free.cumsum(1), (1, 0))  # free moves before each state: what limits count
         if raw:
-            stop = space.log_p_stop(stop.flatten(0, 1), at.flatten(), ended.flatten()).view(b, t + 1, -1)
+            stop = space.log_p_stop(stop.flatten(0, 1), moved.flatten(), ended.flatten()).view(b, t + 1, -1)
+            stop = stop.masked_fill(put[:, :, None], NEG_INF)
             return Scores(torch.where(free, log_p, 0.0), self._inside(stop, at, n))
         norm = mass
         if space.stops.acts:
             norm = torch.where(rollouts.can_stop, torch.logaddexp(mass, stop.logsumexp(-1)), mass)
         log_q = torch.where(free, log_p - norm[:, :t], 0.0)
         log_stop = torch.where(rollouts.can_stop[:, :, None], stop - norm[:, :, None], NEG_INF)
-        forced = ended | (at >= space.max_moves)
+        forced = ended | (moved >= space.max_free) & ~put
         only_first = torch.full_like(log_stop, NEG_INF)
         only_first[:, :, 0] = 0.0
         return Scores(log_q, self._inside(torch.where(forced[:, :, None], only_first, log_stop), at, n))

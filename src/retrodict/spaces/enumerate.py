@@ -42,7 +42,8 @@ def enumerate_objects(space: Space, problem: int, max_objects: int = MAX_OBJECTS
         if menu.legal is None:
             raise InputError("this space does not list its moves (Menu.legal is None); it cannot be enumerated")
         some = open_rows[:: 1 + len(open_rows) // 1000]  # what is far too large is refused before it is built
-        branch = float(menu.legal[some].sum()) / len(some)
+        moves_of = menu.legal[some].sum(1).masked_fill(menu.must[some] == MUST_MOVE, 1)
+        branch = float(moves_of.sum()) / len(some)
         if total + branch * len(open_rows) > 2 * max_objects:
             raise _too_large(total + branch * len(open_rows), branch, t + 1, space.max_moves, max_objects)
         legal, put = menu.legal[open_rows], menu.must[open_rows] == MUST_MOVE

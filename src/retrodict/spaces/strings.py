@@ -37,7 +37,7 @@ class Strings:
     Attributes:
         vocab_size: number of token ids.
         stops: how a string ends; its ids are not moves.
-        max_moves: the limit L on free moves.
+        max_moves: the limit L on free moves (with a tool: the capacity, see ``spaces.tools``).
         limit: what happens at L, see ``spaces.limits``.
         min_moves: a string may not stop on its own before this many moves.
         banned: ids that are never moves (special tokens, by default of the doors).
@@ -55,11 +55,11 @@ class Strings:
     def __post_init__(self) -> None:
         if self.limit not in LIMITS:
             raise InputError(f"unknown limit {self.limit!r}{nearest(self.limit, LIMITS)}")
-        if self.max_moves < 0 or self.min_moves < 0:
-            raise InputError(f"lengths cannot be negative: min {self.min_moves}, max {self.max_moves}")
-        if self.min_moves > self.max_moves:
+        if self.max_free < 0 or self.min_moves < 0:
+            raise InputError(f"lengths cannot be negative: min {self.min_moves}, max {self.max_free}")
+        if self.min_moves > self.max_free:
             raise InputError(
-                f"min length {self.min_moves} is over max length {self.max_moves}; lower min_tokens or raise max_tokens"
+                f"min length {self.min_moves} is over max length {self.max_free}; lower min_tokens or raise max_tokens"
             )
         bad = [i for i in (*self.stops.ids, *self.banned) if not 0 <= i < self.vocab_size]
         if bad:
@@ -82,6 +82,11 @@ class Strings:
     def n_stops(self) -> int:
         """Number of distinct stops of an object."""
         return self.stops.n
+
+    @property
+    def max_free(self) -> int:
+        """The limit L: how many moves a policy may make. What a space puts in itself does not count."""
+        return self.max_moves
 
     def legal_ids(self, device: torch.device | str = "cpu") -> Bool[Tensor, " v"]:
         """Ids that may be moves."""
@@ -106,13 +111,18 @@ class Strings:
             ended = ~ended
         return StringState(problem, tokens, torch.zeros(b, dtype=torch.long, device=device), ended)
 
+    def counted(self, s: StringState) -> Int[Tensor, " b"]:
+        """Moves that count towards the limits."""
+        return s.n
+
     def menu(self, s: StringState) -> Menu:
         """Legal moves and stops of each state."""
-        full = s.n >= self.max_moves
+        n = self.counted(s)
+        full = n >= self.max_free
         must = torch.where(full | s.ended, MUST_STOP, CHOOSE)
         can = full | s.ended
         if self.stops.acts:
-            can = can | may_stop(self.limit, s.n, self.min_moves, self.max_moves)
+            can = can | may_stop(self.limit, n, self.min_moves, self.max_free)
         return Menu(self.legal_ids(s.n.device).expand(len(s.n), -1), can, must)
 
     def step(self, s: StringState, move: Int[Tensor, " b"]) -> StringState:
@@ -149,11 +159,11 @@ class Strings:
     def log_p_stop(
         self, raw: Float[Tensor, "b s"], n: Int[Tensor, " b"], ended: Bool[Tensor, " b"]
     ) -> Float[Tensor, "b s"]:
-        """log p of each stop after n moves, given the model's own log-probabilities ``raw`` of the stop ids.
+        """log p of each stop after n moves that count, given the model's own log-probabilities ``raw`` of the stop ids.
 
         Applies the limit, the minimal length and the predicate (-inf where the string may not end there).
         """
-        full = n >= self.max_moves
+        full = n >= self.max_free
         at_limit = forced_log_p(self.limit, raw)
         if self.stops.predicate is not None:
             free = torch.zeros_like(raw)
@@ -161,9 +171,13 @@ class Strings:
             return torch.where((ended | full)[:, None], rest, free + NEG_INF)
         if not self.stops.acts:
             return torch.where(full[:, None], at_limit, torch.full_like(raw, NEG_INF))
-        can = may_stop(self.limit, n, self.min_moves, self.max_moves)
+        can = may_stop(self.limit, n, self.min_moves, self.max_free)
         free = torch.where(can[:, None], raw, torch.full_like(raw, NEG_INF))
         return torch.where(full[:, None], at_limit, free)
+
+    def log_p_stops(self, raw: Float[Tensor, "b s"], s: StringState) -> Float[Tensor, "b s"]:
+        """:meth:`log_p_stop` at each state."""
+        return self.log_p_stop(raw, self.counted(s), s.ended)
 
     def raw_stop(self, log_p: Float[Tensor, "b v"]) -> Float[Tensor, "b s"]:
         """Log-probability of each stop from that of every token: end ids that leave no text are added up."""

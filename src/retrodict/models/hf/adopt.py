@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrodict.models.decoder import Layer, Linear, Weights
+from retrodict.models.decoder import Layer, Linear, LowRank, Weights
 
 ADOPTED = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 """Architectures whose blocks are exactly those of ``models.decoder``."""
@@ -67,26 +67,38 @@ def _fuse(parts: list[Any]) -> Linear:
         if p.bias is not None and bias is not None:
             p.bias.data = bias[at : at + rows]
         at += rows
-    return Linear(weight, bias, _loras(parts, weight))
+    return Linear(weight, bias, {name: found for name in _names(parts) if (found := _lora(parts, weight, name))})
 
 
-def _loras(parts: list[Any], weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """For each adapter: A' s stacked along rank, B block-diagonal with the scale folded in."""
-    names = sorted({n for p in parts for n in getattr(p, "lora_A", {})})
-    out = {}
-    for name in names:
-        a_rows, b_blocks, at = [], [], 0
-        for p in parts:
-            rows = _plain(p).weight.shape[0]
-            if name in getattr(p, "lora_A", {}):
-                a, b = p.lora_A[name].weight, p.lora_B[name].weight
-                block = weight.new_zeros(weight.shape[0], a.shape[0])
-                block[at : at + rows] = (b.data * p.scaling[name]).to(weight.dtype)
-                a_rows.append(a.data.to(weight.dtype))
-                b_blocks.append(block)
-            at += rows
-        out[name] = (torch.cat(a_rows), torch.cat(b_blocks, 1))
-    return out
+def _names(parts: list[Any]) -> list[str]:
+    return sorted({n for p in parts for n in getattr(p, "lora_A", {})})
+
+
+def _lora(parts: list[Any], weight: Tensor, name: str) -> LowRank | None:
+    """The low-rank parts of one adapter, over the rows of the fused output that are each projection's."""
+    found, at = [], 0
+    for p in parts:
+        rows = _plain(p).weight.shape[0]
+        if name in getattr(p, "lora_A", {}):
+            found.append((p.lora_A[name].weight, p.lora_B[name].weight, float(p.scaling[name]), slice(at, at + rows)))
+        at += rows
+    return LowRank.fuse(weight, found) if found else None
+
+
+def _projections(block: Any) -> list[list[Any]]:
+    """The modules behind each fused weight of a block, in the order of :class:`Layer`'s."""
+    a, f = block.self_attn, block.mlp
+    return [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [f.gate_proj, f.up_proj], [f.down_proj]]
+
+
+@torch.no_grad()
+def attach(module: nn.Module, weights: Weights, name: str) -> None:
+    """Give adopted weights an adapter that the module has got since."""
+    for block, layer in zip(_unwrapped(module).model.layers, weights.layers, strict=True):
+        fused = (layer.qkv, layer.out, layer.gate_up, layer.down)
+        for parts, linear in zip(_projections(block), fused, strict=True):
+            if found := _lora(parts, linear.weight, name):
+                linear.lora[name] = found
 
 
 @torch.no_grad()
@@ -97,15 +109,16 @@ def adopt(module: nn.Module) -> Weights:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = []
     for block in body.layers:
-        a, f = block.self_attn, block.mlp
+        a = block.self_attn
+        qkv, out, gate_up, down = (_fuse(parts) for parts in _projections(block))
         layers.append(
             Layer(
                 norm1=block.input_layernorm.weight.data,
-                qkv=_fuse([a.q_proj, a.k_proj, a.v_proj]),
-                out=_fuse([a.o_proj]),
+                qkv=qkv,
+                out=out,
                 norm2=block.post_attention_layernorm.weight.data,
-                gate_up=_fuse([f.gate_proj, f.up_proj]),
-                down=_fuse([f.down_proj]),
+                gate_up=gate_up,
+                down=down,
                 q_norm=a.q_norm.weight.data if hasattr(a, "q_norm") else None,
                 k_norm=a.k_norm.weight.data if hasattr(a, "k_norm") else None,
             )

@@ -6,6 +6,7 @@ through its own forward with our cache and masks. The base is the prior for free
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from retrodict.errors import InputError, nearest
 from retrodict.models.cached import CachedLM
 from retrodict.models.decoder import Decoder
-from retrodict.models.hf.adopt import adopt, adoptable
+from retrodict.models.hf.adapters import Held, grow, save
+from retrodict.models.hf.adopt import adopt, adoptable, attach
 from retrodict.models.kv import KVCache
 
 
@@ -37,10 +39,10 @@ class HFModel(CachedLM):
         shared: HFModel | None = None,
     ) -> None:
         self.tokenizer: Any  # HFTokenizer, or anything with its methods
-        self.module, self.tokenizer, self.note, self.adapter = module, tokenizer, note, adapter
+        self._held = shared._held if shared else Held(module)
+        self.tokenizer, self.note, self.adapter = tokenizer, note, adapter
         self.base_name, self.base_version = name, version
         self.name = name if adapter is None else f"{name}+{adapter}"
-        self.version = version if adapter is None else f"{version}+{adapter}"
         self.end_ids, self.special_ids = end_ids, special_ids
         parameter = next(module.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -60,6 +62,19 @@ class HFModel(CachedLM):
             self._plain_head = shared._plain_head if shared else self._probe()
 
     @property
+    def module(self) -> Any:
+        """The transformers module, inside PEFT once there is an adapter."""
+        return self._held.module
+
+    @property
+    def version(self) -> str:
+        """Fingerprint of the weights this view reads; it moves with every step of training."""
+        if self.adapter is None:
+            return self.base_version
+        steps = self._held.updates.get(self.adapter)
+        return f"{self.base_version}+{self.adapter}" + ("" if steps is None else f"@{steps}")
+
+    @property
     def adapters(self) -> list[str]:
         """Names of the adapters that can be viewed."""
         return sorted(getattr(self.module, "peft_config", {}))
@@ -72,6 +87,47 @@ class HFModel(CachedLM):
         return HFModel(self.module, self.tokenizer, name=self.base_name, version=self.base_version,
                        end_ids=self.end_ids, special_ids=self.special_ids, note=self.note, adapter=adapter,
                        shared=self)  # fmt: skip
+
+    # -- training an adapter -------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, rank: int = 16, alpha: float | None = None, targets: str | list[str] = "all-linear",
+                    seed: int = 0) -> HFModel:  # fmt: skip
+        """A view with a new trainable LoRA adapter, which starts as the base: B = 0. See ``hf.adapters.grow``."""
+        grow(self._held, name, rank, alpha, targets, seed)
+        if self.decoder is not None:
+            attach(self.module, self.decoder.w, name)
+        return self.view(name)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable tensors of this view's adapter, by name; empty for the base."""
+        mark = f".{self.adapter}."
+        return {
+            n: p
+            for n, p in self.module.named_parameters()
+            if self.adapter is not None and p.requires_grad and mark in n and ".lora_" in n
+        }
+
+    def refresh(self) -> None:
+        """After the adapter's tensors changed: decoding follows them, and the version moves."""
+        assert self.adapter is not None
+        self._held.updates[self.adapter] = self._held.updates.get(self.adapter, 0) + 1
+        for layer in self.decoder.w.layers if self.decoder is not None else ():
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                if self.adapter in linear.lora:
+                    linear.lora[self.adapter].refresh()
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Whether layers are run again in the backward pass, which saves memory and costs a third more time."""
+        if self.decoder is not None:
+            self.decoder.checkpointing = on
+        elif on:
+            raise InputError(f"{self.base_name}: activations of this architecture cannot be checkpointed here")
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write the view's adapter as a PEFT folder, see ``hf.adapters.save``."""
+        if self.adapter is None:
+            raise InputError(f"{self.base_name}: this view is the base; there is no adapter to save")
+        save(self._held, self.adapter, self.base_name, folder)
 
     @torch.no_grad()
     def step(self, cache: KVCache, ids: Int[Tensor, " r"]) -> tuple[KVCache, Float[Tensor, "r v"]]:
@@ -132,7 +188,7 @@ class HFModel(CachedLM):
             ~mask, torch.finfo(self.dtype).min
         )
         body = self.module if not self._plain_head else self._body()
-        with self._active(), torch.no_grad():
+        with self._active():
             out = body(input_ids=ids, attention_mask=bias, position_ids=pos, past_key_values=past, use_cache=True)
         x = out.last_hidden_state if self._plain_head else out.logits
         layers = out.past_key_values.layers

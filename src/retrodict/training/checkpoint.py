@@ -1,0 +1,152 @@
+"""Checkpoints: everything that the next step depends on, written whole or not at all.
+
+    checkpoint.json              step, settings, fingerprints of model and target, which files belong to it
+    state-N.safetensors          the policy's parameters, Adam's moments, the learned log Z
+    replay-N.safetensors         the buffers
+    metrics.jsonl                one line a step
+    failures/step-N.safetensors  batches whose loss was not finite
+
+``checkpoint.json`` is replaced last, so a kill or a full disk at any moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from retrodict.errors import InputError
+from retrodict.particles_io import write_atomically
+from retrodict.records import Rollouts
+from retrodict.training.distributed import FIELDS
+from retrodict.training.loop import Run
+from retrodict.training.replay import Replay
+
+HEAD = "checkpoint.json"
+
+
+@dataclass
+class Keeper:
+    """Writes a run's folder every ``every`` steps."""
+
+    folder: Path
+    every: int = 20
+
+    def step(self, run: Run, metrics: dict[str, Any]) -> None:
+        """One line of metrics, and a checkpoint where it is time."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(metrics) + "\n")
+        if run.step % self.every == 0 or run.step == run.settings.steps:
+            self.save(run)
+
+    def save(self, run: Run) -> None:
+        """The run as it stands after ``run.step`` steps."""
+        parts = [f"state-{run.step}.safetensors"] + ([f"replay-{run.step}.safetensors"] if len(run.replay) else [])
+        write_atomically(self.folder / parts[0], to_bytes({k: v.detach().cpu().contiguous() for k, v in state(run).items()}))
+        if len(run.replay):
+            run.replay.save(self.folder / parts[1])
+        told = {"step": run.step, "failures": run.failures, "files": parts, **identity(run)}
+        write_atomically(self.folder / HEAD, json.dumps(told, indent=1).encode())
+        for old in [*self.folder.glob("state-*.safetensors"), *self.folder.glob("replay-*.safetensors")]:
+            if old.name not in parts:
+                with contextlib.suppress(OSError):
+                    old.unlink()
+
+    def resume(self, run: Run) -> None:
+        """Bring a fresh run to the newest checkpoint; a folder without one leaves it at step 0.
+
+        Raises InputError for a checkpoint of another model, target or other settings, or a damaged one.
+        """
+        head = self.folder / HEAD
+        if not head.is_file():
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+            return
+        try:
+            told = json.loads(head.read_text(encoding="utf-8"))
+            tensors = from_bytes((self.folder / told["files"][0]).read_bytes())
+            mine = identity(run)
+            for key in mine:
+                if told[key] != mine[key]:
+                    raise InputError(_differs(str(head), key, told[key], mine[key]))
+            restore(run, tensors)
+            if len(told["files"]) > 1:
+                run.replay = Replay.load(self.folder / told["files"][1], model=run.replay.model, target=run.replay.target)
+            run.step, run.failures = int(told["step"]), int(told["failures"])
+        except InputError:
+            raise
+        except Exception as error:  # safetensors, json and OSError each have their own
+            raise InputError(f"{head} is damaged ({type(error).__name__}: {error}); remove it to begin anew") from error
+        self._cut(run.step)
+
+    def _cut(self, step: int) -> None:
+        """Drop lines of steps that will be taken again."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut short
+                if json.loads(line)["step"] < step:
+                    kept.append(line)
+        write_atomically(path, "".join(f"{x}\n" for x in kept).encode())
+
+    def failure(self, step: int, rollouts: Rollouts, why: str) -> None:
+        """Keep a batch whose step was skipped."""
+        tensors = {f: getattr(rollouts, f) for f in FIELDS} | {f"term.{k}": v for k, v in rollouts.terms.items()}
+        data = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"why": why})
+        write_atomically(self.folder / "failures" / f"step-{step}.safetensors", data)
+
+    def finish(self, run: Run, about: dict[str, Any]) -> None:
+        """What the run was and found."""
+        write_atomically(self.folder / "about.json", json.dumps(about, indent=1, default=str).encode())
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint must share with the run that goes on from it."""
+    model = getattr(getattr(run.policy, "lm", None), "base_version", "") or ""
+    settings = {k: v for k, v in run.settings.plain().items() if k not in ("evaluate", "evaluate_every", "micro")}
+    return {"model": model, "target": run.target.version, "problems": _digest(run), "settings": json.loads(json.dumps(settings))}
+
+
+def _digest(run: Run) -> str:
+    import hashlib
+
+    text = json.dumps([[p.context, p.evidence, p.q_prompt] for p in run.target.problems])
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _differs(path: str, key: str, theirs: Any, mine: Any) -> str:
+    if isinstance(theirs, dict):
+        bad = next(k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k))
+        return f"{path}: the run was made with {bad} = {theirs.get(bad)!r}, not {mine.get(bad)!r}; give the same, or a new folder"
+    return f"{path}: the run was made with another {key}: {theirs!r}, not {mine!r}; give a new folder"
+
+
+def state(run: Run) -> dict[str, Tensor]:
+    """Every tensor that the next step depends on."""
+    named = {**run.policy.parameters(), **({} if run.log_z is None else {"log_z": run.log_z})}
+    out = {f"parameter.{k}": v for k, v in named.items()}
+    for k, p in named.items():
+        out |= {f"adam.{k}.{x}": v for x, v in run.adam.state.get(p, {}).items()}
+    return out
+
+
+def restore(run: Run, tensors: dict[str, Tensor]) -> None:
+    """The tensors of :func:`state`, put back."""
+    named = {**run.policy.parameters(), **({} if run.log_z is None else {"log_z": run.log_z})}
+    with torch.no_grad():
+        for k, p in named.items():
+            p.copy_(tensors[f"parameter.{k}"])
+            mark = f"adam.{k}."
+            moments = {x.removeprefix(mark): v for x, v in tensors.items() if x.startswith(mark)}
+            if moments:
+                run.adam.state[p] = {x: v if x == "step" else v.to(p.device) for x, v in moments.items()}
+    run.policy.refresh()

@@ -1,0 +1,130 @@
+"""What a step learns from: fresh draws at one or several temperatures, draws with exploration, and replayed ones.
+
+All objectives of the GFlowNet family are off-policy, so any mixture is valid; what was drawn from is recorded in
+``log_b`` and never enters log q (Hu et al. 2024, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retrodict.errors import InputError
+from retrodict.numerics import at_end
+from retrodict.protocols import Trainable
+from retrodict.records import Rollouts, cat_rollouts
+from retrodict.samplers.common import log_pb_of
+from retrodict.targets.algebra import Target
+from retrodict.training.replay import Replay
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the samples of a problem in one step; what is left over is drawn from q itself at T = 1.
+
+    Attributes:
+        tempered: share drawn at a temperature uniform in ``temperatures``, one for each step.
+        replay: share taken from the problem's buffer, once it has any.
+        epsilon: of the tempered share, the chance of a uniform move.
+    """
+
+    tempered: float = 0.0
+    temperatures: tuple[float, float] = (0.5, 2.0)
+    replay: float = 0.0
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("tempered", "replay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is a share of the samples, between 0 and 1, not {getattr(self, name)}")
+        if self.tempered + self.replay > 1 + 1e-9:
+            raise InputError(f"tempered {self.tempered} and replay {self.replay} are more than all samples")
+        low, high = self.temperatures
+        if not 0 < low <= high:
+            raise InputError(f"temperatures are a range above 0, low first, not {self.temperatures}")
+        if not 0 <= self.epsilon < 1:
+            raise InputError(f"epsilon is a chance below 1, not {self.epsilon}")
+
+    def counts(self, samples: int) -> tuple[int, int, int]:
+        """Samples of a problem from q itself, tempered, and replayed."""
+        tempered, replayed = round(self.tempered * samples), round(self.replay * samples)
+        return samples - tempered - replayed, tempered, replayed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one step with their term values; ``own`` are those that q itself drew, at temperature one."""
+
+    rollouts: Rollouts
+    own: Int[Tensor, " f"]
+    scored: int
+    temperature: float
+
+
+def with_terms(target: Target, rows: Rollouts, every_prefix: bool) -> tuple[Rollouts, int]:
+    """Term values of rows, each distinct object valued once; and how many were."""
+    seen: dict[tuple[int, ...], int] = {}
+    index, firsts = [], []
+    for i, (p, key) in enumerate(zip(rows.problem.tolist(), target.space.keys(rows), strict=True)):
+        full = (p, *key)
+        if full not in seen:
+            seen[full] = len(firsts)
+            firsts.append(i)
+        index.append(seen[full])
+    at = torch.tensor(firsts, device=rows.n.device)
+    valued = target.terms(replace(rows.take(at), terms={}, versions={}), every_prefix)
+    back = torch.tensor(index, device=rows.n.device)
+    return rows.with_terms({k: v[back] for k, v in valued.terms.items()}, valued.versions), len(firsts)
+
+
+def collect(
+    target: Target,
+    policy: Trainable,
+    problems: Sequence[int],
+    samples: int,
+    gen: torch.Generator,
+    mixture: Mixture,
+    replay: Replay | None,
+    every_prefix: bool,
+) -> Batch:
+    """``samples`` rows of each problem, by the mixture. Sampling and term values carry no gradient."""
+    device = gen.device
+    own, tempered, replayed = mixture.counts(samples)
+    chosen = torch.tensor(list(problems), device=device)
+    old: list[Rollouts] = []
+    if replay is not None and replayed:
+        rows, served = replay.draw(chosen.repeat_interleave(replayed), gen)
+        missing = torch.ones(len(chosen) * replayed, dtype=torch.bool, device=device)
+        missing[served] = False
+        own_of = own + missing.view(-1, replayed).sum(1)  # an empty buffer's share is drawn fresh
+        if len(rows):
+            old = [rows]
+    else:
+        own_of = torch.full_like(chosen, own + replayed)
+    low, high = mixture.temperatures
+    temperature = low + (high - low) * float(torch.rand((), generator=gen, device=device))
+    drawn: list[Rollouts] = []
+    if int(own_of.sum()):
+        drawn.append(policy.sample(chosen.repeat_interleave(own_of), gen))
+    if tempered:
+        how: dict[str, Any] = {"temperature": temperature} | ({"epsilon": mixture.epsilon} if mixture.epsilon else {})
+        drawn.append(policy.sample(chosen.repeat_interleave(tempered), gen, how))
+    new, scored = (with_terms(target, cat_rollouts(drawn), every_prefix) if drawn else (None, 0))
+    rows = cat_rollouts(([new] if new is not None else []) + [target.terms(r, every_prefix) for r in old])
+    return Batch(rows, torch.arange(int(own_of.sum()), device=device), scored, temperature)
+
+
+def final_log_gamma(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:
+    """log gamma of each row's own end, P_B included."""
+    value = target.log_gamma(rollouts, False)
+    return (value if value.dim() == 1 else at_end(value, rollouts.n, rollouts.stop)) + log_pb_of(target, rollouts)
+
+
+def turn(step: int, problems: int, per_step: int, order: Int[Tensor, " m"]) -> list[int]:
+    """Problems of a step: the whole order in turn, wrapping round."""
+    return [int(order[(step * per_step + i) % problems]) for i in range(per_step)]

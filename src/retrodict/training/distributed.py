@@ -1,0 +1,131 @@
+"""Data parallel training: rows are drawn and pushed where their process is, the objective sees them all.
+
+Objectives compare samples of one problem, so they need the scores of the whole batch. Scores are a few numbers a row:
+they are gathered, every process computes the same loss and dL/dScores, pushes its own rows, and gradients are summed.
+The result is that of one process, in any split. Start it with ``accelerate launch`` or ``torchrun``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from retrodict.errors import InputError
+from retrodict.records import Rollouts, Scores, cat_rollouts
+from retrodict.training.collect import Batch
+
+FIELDS = ("problem", "moves", "kind", "n", "stop", "can_stop", "log_q", "log_stop", "log_b", "log_pb")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; one by default, for which every method is the identity."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files."""
+        return self.rank == 0
+
+    def mine(self, shards: int) -> range:
+        """Which shards of a batch this process draws."""
+        if shards % self.size:
+            raise InputError(f"{shards} shards cannot be shared by {self.size} processes; set shards to a multiple")
+        each = shards // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def rows(self, b: int, device: torch.device) -> Tensor:
+        """The rows this process pushes through the model."""
+        return torch.arange(b, device=device).tensor_split(self.size)[self.rank]
+
+    def gather(self, mine: Sequence[Batch]) -> Batch:
+        """All shards of all processes as one batch, in the order of shards."""
+        if self.size == 1:
+            return joined(mine)
+        device = mine[0].rollouts.n.device
+        return joined([unpack(data, mine[0], device) for data in self._bytes(pack(joined(mine)))])
+
+    def scores(self, part: Scores) -> list[Scores]:
+        """The scores each process computed, in order of rank."""
+        if self.size == 1:
+            return [part]
+        device = part.log_q.device
+        tensors = {"log_q": part.log_q.detach().cpu(), "log_stop": part.log_stop.detach().cpu()}
+        found = [from_bytes(x) for x in self._bytes(to_bytes({k: v.contiguous() for k, v in tensors.items()}))]
+        return [Scores(x["log_q"].to(device), x["log_stop"].to(device)) for x in found]
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add up the gradients of all processes, in place."""
+        for p in parameters if self.size > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
+    def _bytes(self, data: bytes) -> list[bytes]:
+        """What each process gave, by way of padded byte tensors: nothing is pickled."""
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        size = torch.tensor([len(data)], device=device)
+        sizes = [torch.zeros_like(size) for _ in range(self.size)]
+        dist.all_gather(sizes, size)
+        widest = max(int(s) for s in sizes)
+        padded = torch.zeros(widest, dtype=torch.uint8, device=device)
+        padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        out = [torch.zeros_like(padded) for _ in sizes]
+        dist.all_gather(out, padded)
+        return [bytes(x[: int(s)].cpu().numpy().tobytes()) for x, s in zip(out, sizes, strict=True)]
+
+
+ALONE = World()
+
+
+def world() -> World:
+    """The processes that a launcher started (accelerate launch, torchrun), joined; or this one alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches one after the other."""
+    if len(batches) == 1:
+        return batches[0]
+    start, own = 0, []
+    for b in batches:
+        own.append(b.own + start)
+        start += len(b.rollouts)
+    rows = cat_rollouts([b.rollouts for b in batches])
+    return replace(batches[0], rollouts=rows, own=torch.cat(own), scored=sum(b.scored for b in batches))
+
+
+def pack(batch: Batch) -> bytes:
+    """A batch as safetensors."""
+    r = batch.rollouts
+    tensors = {f: getattr(r, f) for f in FIELDS} | {f"term.{k}": v for k, v in r.terms.items()} | {"own": batch.own}
+    told: dict[str, Any] = {"scored": batch.scored, "temperature": batch.temperature, "versions": dict(r.versions)}
+    return to_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, {"told": json.dumps(told)})
+
+
+def unpack(data: bytes, like: Batch, device: torch.device) -> Batch:
+    """The batch that :func:`pack` wrote."""
+    length = int.from_bytes(data[:8], "little")
+    told = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["told"])
+    tensors = {k: v.to(device) for k, v in from_bytes(data).items()}
+    terms = {k.removeprefix("term."): v for k, v in tensors.items() if k.startswith("term.")}
+    rows = Rollouts(**{f: tensors[f] for f in FIELDS}, terms=terms, versions=told["versions"],
+                    behaviour=like.rollouts.behaviour)  # fmt: skip
+    return Batch(rows, tensors["own"], told["scored"], told["temperature"])

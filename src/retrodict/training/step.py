@@ -1,0 +1,112 @@
+"""One gradient step in two phases: the objective on detached scores of the whole batch, then dL/dScores pushed through
+the model in micro-batches.
+
+A loss that compares rows (VarGrad, pooled) is a function of the whole batch; accumulating it over split groups would
+be another loss. Its derivative by each row's scores is not: sum over rows of dL/dScores dScores/dtheta, in any split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrodict.protocols import Trainable
+from retrodict.records import Rollouts, Scores, trim
+from retrodict.training.distributed import ALONE, World
+
+Loss = Callable[[Scores, Rollouts, Tensor], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a backward pass found: the loss, the objective's metrics, the scores (detached) and the micro-batch used."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    scores: Scores
+    micro: int
+
+
+def push(
+    policy: Trainable,
+    loss_of: Loss,
+    rollouts: Rollouts,
+    log_gamma: Tensor,
+    log_norm: Tensor | None = None,
+    micro: int | None = None,
+    world: World = ALONE,
+) -> Pushed:
+    """Add the gradient of a loss to the parameters' ``grad`` (and to that of ``log_norm``'s source).
+
+    ``micro`` rows at a time run through the model with gradient (all by default); where memory runs out on a GPU the
+    number is halved and the pass begun again. Raises FloatingPointError where the loss or a derivative is not finite.
+    """
+    micro = len(rollouts) if micro is None else max(1, min(micro, len(rollouts)))
+    before = [None if p.grad is None else p.grad.clone() for p in policy.parameters().values()]
+    while True:
+        try:
+            return _push(policy, loss_of, rollouts, log_gamma, log_norm, micro, world)
+        except torch.cuda.OutOfMemoryError:
+            if micro == 1:
+                raise
+        micro = -(-micro // 2)
+        torch.cuda.empty_cache()
+        for p, g in zip(policy.parameters().values(), before, strict=True):
+            p.grad = g
+
+
+def _push(policy, loss_of, rollouts, log_gamma, log_norm, micro, world) -> Pushed:  # noqa: ANN001
+    mine = world.rows(len(rollouts), rollouts.n.device)
+    here = rollouts if world.size == 1 else rollouts.take(mine)
+    rows = split(here.n, micro)
+    live: list[Scores] = []
+    if len(rows) == 1:  # one pass: its graph is kept while the objective looks at its values
+        live = [policy.score(here, grad=True)]
+        part = live[0]
+    else:
+        part = join(here, rows, [policy.score(trim(here.take(r))) for r in rows])
+    whole = world.scores(part)
+    log_q = torch.cat([x.log_q for x in whole]).detach().requires_grad_()
+    log_stop = torch.cat([x.log_stop for x in whole]).detach().requires_grad_()
+    loss, metrics = loss_of(Scores(log_q, log_stop, log_norm=log_norm), rollouts, log_gamma)
+    if not math.isfinite(float(loss.detach())):
+        raise FloatingPointError(f"the loss is {float(loss.detach())}")
+    loss.backward()
+    grads = [(torch.zeros_like(x) if x.grad is None else x.grad)[mine] for x in (log_q, log_stop)]
+    if not all(bool(g.isfinite().all()) for g in grads):
+        raise FloatingPointError("the derivative of the loss by log q is not finite")
+    for i, r in enumerate(rows):
+        part = live[i] if live else policy.score(trim(here.take(r)), grad=True)
+        t = part.log_q.shape[1]
+        torch.autograd.backward([part.log_q, part.log_stop], [grads[0][r, :t], grads[1][r, : t + 1]])
+    world.sum_gradients(policy.parameters().values())
+    return Pushed(float(loss.detach()), metrics, Scores(log_q.detach(), log_stop.detach()), micro)
+
+
+def split(n: Tensor, micro: int) -> list[Tensor]:
+    """Row indices of each micro-batch: rows of like length together, so that little is padded."""
+    if micro >= len(n):
+        return [torch.arange(len(n), device=n.device)]
+    return list(n.argsort(stable=True).split(micro))
+
+
+def join(rollouts: Rollouts, rows: Sequence[Tensor], parts: Sequence[Scores]) -> Scores:
+    """Scores of micro-batches as one, in the order of the rollouts."""
+    b, t = rollouts.moves.shape[:2]
+    first = parts[0]
+    log_q = first.log_q.new_zeros(b, t)
+    log_stop = first.log_stop.new_full((b, t + 1, first.log_stop.shape[2]), -math.inf)
+    for r, part in zip(rows, parts, strict=True):
+        log_q[r, : part.log_q.shape[1]] = part.log_q.detach()
+        log_stop[r, : part.log_stop.shape[1]] = part.log_stop.detach()
+    return Scores(log_q, log_stop)
+
+
+def clip(parameters: Mapping[str, Tensor], most: float) -> float:
+    """Scale the gradient down to norm ``most``; gives the norm it had."""
+    found = [p for p in parameters.values() if p.grad is not None]
+    return float(torch.nn.utils.clip_grad_norm_(found, most)) if found else 0.0
