@@ -11,12 +11,13 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
 
 # Tests give the same numbers on every machine, and touch no network.
 TEST_ENV := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help setup demo test test-slow test-gpu check format bench docs clean distclean
+.PHONY: help setup demo test test-slow test-gpu test-vllm check format bench docs clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,13 +42,21 @@ demo: setup  ## posterior inference on a small real language model, with a bound
 	@$(BIN)/retrodict demo $(ARGS)
 
 test: setup  ## the tests, real language model included (ARGS="-k smc" narrows them)
-	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not vllm" $(ARGS)
 
 test-slow: setup  ## the tests that take minutes each
-	@$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600 $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu and not vllm" --timeout 3600 $(ARGS)
 
 test-gpu: setup  ## the tests that need a CUDA device
 	@$(TEST_ENV) $(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-vllm: setup $(VLLM)/.installed  ## the tests against a real vLLM server on loopback (its own environment, 3.5 GB)
+	@$(TEST_ENV) RETRODICT_VLLM=$(VLLM)/bin/vllm $(BIN)/python -m pytest -m vllm $(ARGS)
+
+$(VLLM)/.installed: tests/vllm/setup.sh
+	@echo "Installing vLLM for the CPU into $(VLLM): a few minutes."
+	@PYTHON=$(PYTHON) sh tests/vllm/setup.sh $(VLLM)
+	@touch $@
 
 check: setup  ## lint, format, types, and the order of imports
 	@$(BIN)/ruff check .
@@ -71,5 +80,5 @@ clean:  ## remove caches and build products; runs/ and .venv stay
 	@rm -rf build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache src/*.egg-info
 	@find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## remove .venv as well
-	@rm -rf $(VENV)
+distclean: clean  ## remove .venv and .venv-vllm as well
+	@rm -rf $(VENV) $(VLLM)

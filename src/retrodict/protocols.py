@@ -115,8 +115,9 @@ class Policy(Protocol):
 class Trainable(Policy, Protocol):
     """A policy with parameters: leaf tensors, by name and in a fixed order.
 
-    ``score(..., grad=True)`` is differentiable in them; ``refresh`` is called after they changed, so that sampling
-    (buffers, captured graphs) follows and ``version`` moves.
+    ``score(..., grad=True)`` is differentiable; ``settle`` is called after each backward pass, when gradients may lie in
+    fused buffers, and brings them to the parameters; ``refresh`` after these changed, so that sampling (buffers,
+    captured graphs) follows and ``version`` moves.
     """
 
     @property
@@ -125,6 +126,7 @@ class Trainable(Policy, Protocol):
     def problems(self) -> Problems: ...
 
     def parameters(self) -> Mapping[str, Tensor]: ...
+    def settle(self) -> None: ...
     def refresh(self) -> None: ...
     def score(self, rollouts: Rollouts, raw: bool = False, grad: bool = False) -> Scores: ...
     def on(self, problems: Problems) -> Any: ...

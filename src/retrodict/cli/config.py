@@ -198,8 +198,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def read_recipe(path: str, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file, with known keys only."""
+    known = FIELDS if known is None else known
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -216,14 +217,15 @@ def read_recipe(path: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected 'key: value' lines, found {type(data).__name__}")
     for key in data:
-        if key not in FIELDS:
-            raise InputError(f"{path}: unknown key {values.spell(key)}{_near(str(key))}")
+        if key not in known:
+            raise InputError(f"{path}: unknown key {values.spell(key)}{_near(str(key), known)}")
     return {k: x for k, x in data.items() if x is not None}
 
 
-def _near(word: str) -> str:
-    hint = nearest(word.replace("-", "_"), FIELDS)
-    return hint if "did you mean" in hint else "; see retrodict sample --help for the keys there are"
+def _near(word: str, known: Mapping[str, Any]) -> str:
+    hint = nearest(word.replace("-", "_"), known)
+    command = "sample" if known is FIELDS else "train"
+    return hint if "did you mean" in hint else f"; see retrodict {command} --help for the keys there are"
 
 
 def checked(key: str, value: Any, source: Source) -> Any:

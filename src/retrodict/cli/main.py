@@ -1,4 +1,4 @@
-"""The command line: ``retrodict demo | sample | compare | report | models | bench``.
+"""The command line: ``retrodict demo | sample | train | compare | report | models | bench``.
 
 Each command reads its flags (through tyro) and, for sample and compare, a recipe; what is wrong with them is said in
 one line on stderr before anything is loaded. Exit codes: 0 done, 1 it could not be done, 2 the input was wrong,
@@ -29,6 +29,7 @@ from retrodict.errors import InputError, MissingExtra, RetrodictError, nearest
 COMMANDS: dict[str, str] = {
     "demo": "posterior inference on a small real language model, with a bound on its error",
     "sample": "draw from one target with one sampler",
+    "train": "fine-tune a policy to sample the posterior in one pass",
     "compare": "several samplers on the same target, side by side",
     "report": "build report.html from a run folder again; needs no model",
     "models": "which models can be loaded here, in which precision and where",
@@ -105,7 +106,7 @@ def _dispatch(words: list[str]) -> int:
     command, rest = words[0], words[1:]
     if command not in COMMANDS:
         raise InputError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
-    return {"demo": _demo, "sample": _sample, "compare": _sample, "report": _report, "models": _models,
+    return {"demo": _demo, "sample": _sample, "compare": _sample, "train": _train, "report": _report, "models": _models,
             "bench": _bench}[command](command, rest)  # fmt: skip
 
 
@@ -178,6 +179,12 @@ def _sample(command: str, words: list[str]) -> int:
     from retrodict.cli.run import execute
 
     return execute(command, plan)
+
+
+def _train(command: str, words: list[str]) -> int:
+    from retrodict.cli import train
+
+    return train.run(words, parse)
 
 
 # -- the other commands ---------------------------------------------------------------------------------------------

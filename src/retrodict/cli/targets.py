@@ -19,6 +19,7 @@ from retrodict.protocols import LanguageModel
 from retrodict.targets import ready
 from retrodict.targets.algebra import Target
 from retrodict.targets.problems import TextProblem, problems
+from retrodict.tasks import infilling
 
 NOT_KEYS = frozenset({"lm", "data", "name", "verifier", "target", "policy", "seed", "start", "on_step"})
 """Parameters that are no keys of a recipe under their own name."""
@@ -36,6 +37,7 @@ class Kind:
     needs: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    held_out: Callable[..., Target] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -58,6 +60,7 @@ TARGETS: dict[str, Kind] = {
     "including": Kind(ready.including, ("prompt",), any_of=("contain", "avoid")),
     "scored": Kind(ready.continuation, ("prompt", "verifier")),
     "posterior": Kind(ready.posterior, ("problems", "context"), extra=POSTERIOR),
+    "stories": Kind(infilling.target, held_out=infilling.held_out),
 }
 
 

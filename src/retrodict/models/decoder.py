@@ -26,8 +26,9 @@ from retrodict.numerics import NEG_INF
 class LowRank:
     """An adapter (Hu et al. 2022, LoRA) of the projections that share one fused weight: y += (x A') B'.
 
-    ``a`` and ``b`` are what decoding reads: in the model's dtype, B block-diagonal with the scale folded in. ``parts``
-    are the tensors they were made from, one tuple a projection: (A, B, scale, rows of the fused output).
+    ``a`` and ``b`` are what every pass reads: in the model's dtype, B block-diagonal with the scale folded in. ``parts``
+    are the tensors they stand for, one tuple a projection: (A, B, scale, rows of the fused output). Two products a
+    weight instead of a dozen small ones: on a GPU launches are what a training step is made of.
     """
 
     a: Float[Tensor, "rank in"]
@@ -39,32 +40,48 @@ class LowRank:
         """Buffers for these parts, filled."""
         rank = sum(a.shape[0] for a, *_ in parts)
         new = cls(weight.new_zeros(rank, weight.shape[1]), weight.new_zeros(weight.shape[0], rank), parts)
-        new.refresh()
+        if parts[0][0].requires_grad:
+            new.a.requires_grad_()
+            new.b.requires_grad_()
+        refresh([new])
         return new
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Copy the parts into the buffers, in place: captured graphs see the new weights."""
-        at = 0
-        for a, b, scale, rows in self.parts:
-            self.a[at : at + len(a)] = a
-            self.b[rows, at : at + len(a)] = b * scale
-            at += len(a)
-
     def __call__(self, x: Tensor) -> Tensor:
-        """What the adapter adds; differentiable in the parts where gradients are on."""
-        if not torch.is_grad_enabled():
-            return F.linear(F.linear(x, self.a), self.b)
-        inner = F.linear(x, torch.cat([a for a, *_ in self.parts]).to(x.dtype))
-        out, at, row = [], 0, 0
-        for a, b, scale, rows in self.parts:
-            if rows.start > row:
-                out.append(inner.new_zeros(*x.shape[:-1], rows.start - row))
-            out.append(F.linear(inner[..., at : at + len(a)], b.to(x.dtype) * scale))
-            at, row = at + len(a), rows.stop
-        if row < len(self.b):
-            out.append(inner.new_zeros(*x.shape[:-1], len(self.b) - row))
-        return torch.cat(out, -1) if len(out) > 1 else out[0]
+        """What the adapter adds."""
+        return F.linear(F.linear(x, self.a), self.b)
+
+    def views(self, a: Tensor, b: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Where each part lies in tensors shaped like the buffers."""
+        at, mine = 0, ([], [])
+        for part, _, _, rows in self.parts:
+            mine[0].append(a[at : at + len(part)])
+            mine[1].append(b[rows, at : at + len(part)])
+            at += len(part)
+        return mine
+
+
+@torch.no_grad()
+def refresh(adapters: list[LowRank]) -> None:
+    """Copy parts into the buffers, in place: captured graphs see the new weights."""
+    to, of = [], []
+    for x in adapters:
+        a, b = x.views(x.a, x.b)
+        to += a + b
+        of += [p[0] for p in x.parts] + [p[1] * p[2] if p[2] != 1 else p[1] for p in x.parts]
+    if to:
+        torch._foreach_copy_(to, of)  # pyright: ignore[reportPrivateImportUsage]
+
+
+@torch.no_grad()
+def settle(adapters: list[LowRank]) -> None:
+    """After a backward pass: add the buffers' gradients to those of the parts, in the parts' dtype, and clear them."""
+    for x in adapters:
+        if x.a.grad is None or x.b.grad is None:
+            continue
+        for (pa, pb, scale, _), ga, gb in zip(x.parts, *x.views(x.a.grad, x.b.grad), strict=True):
+            for p, g in ((pa, ga.to(pa.dtype)), (pb, gb.to(pb.dtype) * scale)):
+                p.grad = g.clone() if p.grad is None else p.grad + g
+        x.a.grad = x.b.grad = None
 
 
 @dataclass
@@ -189,12 +206,13 @@ class Decoder(CachedLM):
         keys, values = [], []
         bias = _bias(visible, x.dtype) if visible is not None else None
         again: Any = checkpoint
+        run: Any = self._block
         for i, layer in enumerate(w.layers):
             old = None if cache is None else (cache.k[i, :, :, : cache.used], cache.v[i, :, :, : cache.used])
             if self.checkpointing and torch.is_grad_enabled():
-                x, k, v = again(self._block, layer, x, cos, sin, old, bias, block, use_reentrant=False)
+                x, k, v = again(run, layer, x, cos, sin, old, bias, block, use_reentrant=False)
             else:
-                x, k, v = self._block(layer, x, cos, sin, old, bias, block)
+                x, k, v = run(layer, x, cos, sin, old, bias, block)
             keys.append(k)
             values.append(v)
         return rms_norm(x, w.norm, w.eps), torch.stack(keys), torch.stack(values)

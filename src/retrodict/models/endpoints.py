@@ -93,14 +93,18 @@ class Endpoints:
         """A POST, answered by any server."""
         return self.map(path, [body], mend)[0]
 
-    def map(self, path: str, bodies: Sequence[Body], mend: Mend | None = None) -> list[dict[str, Any]]:
+    def map(
+        self, path: str, bodies: Sequence[Body], mend: Mend | None = None, parallel: int | None = None
+    ) -> list[dict[str, Any]]:
         """POSTs spread over the servers, at most ``parallel`` at once; answers in the order asked."""
         if not bodies:
             return []
         with self._lock:
             first = self._turn
             self._turn += len(bodies)
-        with ThreadPoolExecutor(min(self.parallel, len(bodies)), thread_name_prefix="retrodict-server") as pool:
+        with ThreadPoolExecutor(
+            min(parallel or self.parallel, len(bodies)), thread_name_prefix="retrodict-server"
+        ) as pool:
             jobs = [pool.submit(self._insist, "POST", path, b, first + i, mend) for i, b in enumerate(bodies)]
             try:
                 return [job.result() for job in jobs]

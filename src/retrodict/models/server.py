@@ -24,9 +24,6 @@ from retrodict.models.endpoints import AWAY, Endpoints, Failed, Refused
 from retrodict.numerics import NEG_INF
 from retrodict.protocols import Tokenizer
 
-ROWS = 64
-"""Sequences in one scoring request."""
-
 ABSENT = -9998.0
 """Log-probabilities at or below this stand for minus infinity, which JSON cannot say (vLLM writes -9999)."""
 
@@ -43,7 +40,10 @@ class ServerLM:
         tokenizer: of the same model. ``HFTokenizer`` brings the vocabulary's size, ends and special ids along; for
             any other give them.
         adapter: name of a LoRA adapter the servers know, see :meth:`load_adapter`.
-        endpoints: instead of ``urls``, with its own settings (key, timeout, patience).
+        at_once: sequences in one scoring request. 1 also sends one request at a time: for vLLM on a CPU with
+            ``--enable-lora``, whose engine dies of two (seen in 0.32).
+
+    ``urls`` may be an :class:`Endpoints` with settings of its own (key, timeout, patience).
     """
 
     device = torch.device("cpu")
@@ -59,7 +59,9 @@ class ServerLM:
         special_ids: Sequence[int] | None = None,
         token_bytes: Sequence[bytes] = (),
         adapter: str | None = None,
+        at_once: int = 64,
     ) -> None:
+        self.at_once = at_once
         self.endpoints = urls if isinstance(urls, Endpoints) else Endpoints(urls)
         self.model, self.adapter = model, adapter
         self.tokenizer = tokenizer
@@ -108,10 +110,10 @@ class ServerLM:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    def complete(self, bodies: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    def complete(self, bodies: Sequence[Mapping[str, Any]], parallel: int | None = None) -> list[list[dict[str, Any]]]:
         """``/v1/completions`` on token ids, requests spread over the servers; each one's choices in their order."""
         sent = [{"model": self.served, "return_token_ids": True, "add_special_tokens": False, **b} for b in bodies]
-        answers = self.endpoints.map("/v1/completions", sent, self._mend)
+        answers = self.endpoints.map("/v1/completions", sent, self._mend, parallel)
         out = []
         for body, answer in zip(sent, answers, strict=True):
             choices = sorted(answer.get("choices") or [], key=lambda c: c.get("index", 0))
@@ -138,11 +140,11 @@ class ServerLM:
             )
         distinct, index = unique_rows(rows)
         bodies = [
-            {"prompt": [list(r) for r in distinct[i : i + ROWS]], "max_tokens": 1, "prompt_logprobs": 0,
+            {"prompt": [list(r) for r in distinct[i : i + self.at_once]], "max_tokens": 1, "prompt_logprobs": 0,
              "temperature": 1.0}
-            for i in range(0, len(distinct), ROWS)
+            for i in range(0, len(distinct), self.at_once)
         ]  # fmt: skip
-        choices = [c for part in self.complete(bodies) for c in part]
+        choices = [c for part in self.complete(bodies, 1 if self.at_once == 1 else None) for c in part]
         values = [_prompt_values(row, c) for row, c in zip(distinct, choices, strict=True)]
         return [values[i][len(values[i]) - len(t) :] for i, t in zip(index, tails, strict=True)]
 
@@ -161,8 +163,10 @@ class ServerLM:
         Raises InputError where stops or the mass of legal tokens are asked for.
         """
         if stops or legal is not None:
-            self._cannot("log p of every stop, or the mass of the legal tokens, after every prefix",
-                         "score with the local policy, or ServerPolicy.score(rollouts, raw=True) for the stop taken")  # fmt: skip
+            self._cannot(
+                "log p of every stop, or the mass of the legal tokens, after every prefix",
+                "score with the local policy, or ServerPolicy.score(rollouts, raw=True) for the stop taken",
+            )
         b, t = moves.shape
         tails = [row[:k] for row, k in zip(moves.tolist(), n.tolist(), strict=True)]
         out = torch.zeros(b, t)
@@ -181,8 +185,10 @@ class ServerLM:
     ) -> Float[Tensor, "b t1 s"]:
         """log p(suffix | prompt, moves) after the last move, as ``CachedLM.score_suffixes`` with ``every=False``."""
         if every:
-            self._cannot("the evidence after every prefix",
-                         "use an objective on whole objects (VarGrad, TB) with Likelihood(..., prefixes=False)")  # fmt: skip
+            self._cannot(
+                "the evidence after every prefix",
+                "use an objective on whole objects (VarGrad, TB) with Likelihood(..., prefixes=False)",
+            )
         b, t = moves.shape
         lengths = n.tolist()
         heads = [[*p, *row[:k]] for p, row, k in zip(prompts, moves.tolist(), lengths, strict=True)]

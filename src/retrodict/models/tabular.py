@@ -60,6 +60,7 @@ class TabularLM:
         self.special_ids: tuple[int, ...] = ()
         self.version = f"{name}:{float(table.detach().double().sum()):.12g}"
         self.tokens_run = self.forwards = 0
+        self.trained: dict[str, Tensor] = {}
         if len(alphabet) != self.vocab_size:
             raise InputError(f"alphabet of {len(alphabet)} characters for a table of {self.vocab_size} tokens")
 
@@ -75,6 +76,29 @@ class TabularLM:
         if adapter is not None:
             raise InputError(f"a tabular model has no adapter {adapter!r}")
         return self
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    adapters: tuple[str, ...] = ()
+
+    def add_adapter(self, name: str, *lora: object) -> TabularLM:
+        """A copy whose whole table is trained; it starts as this one. What shapes a LoRA adapter means nothing here."""
+        copy = TabularLM(self.table.detach().clone().requires_grad_(), self.order, self.tokenizer.alphabet,
+                         f"{self.name}+{name}")  # fmt: skip
+        copy.trained = {"table": copy.table}
+        return copy
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The table, where it is trained."""
+        return self.trained
+
+    def settle(self) -> None:
+        """Gradients are where they belong."""
+
+    def refresh(self) -> None:
+        """The version moves with every update; nothing is copied."""
+        base, _, updates = self.version.partition("@")
+        self.version = f"{base}@{int(updates or 0) + 1}"
 
     def _logits(self, history: Int[Tensor, "r order"]) -> Float[Tensor, "r v"]:
         base = (self.vocab_size + 1) ** torch.arange(self.order, device=self.device)
@@ -120,7 +144,11 @@ class TabularLM:
         legal: Bool[Tensor, " v"] | None = None,
         grad: bool = False,
     ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t1 s"], Float[Tensor, "b t1"]]:
-        """As ``CachedLM.score``, by stepping; always differentiable in the table."""
+        """As ``CachedLM.score``, by stepping; a table of one's own is always differentiable, a trained one if asked."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (grad or not self.trained)):
+            return self._score(prompts, moves, stops, legal)
+
+    def _score(self, prompts, moves, stops, legal) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN001
         b, t = moves.shape
         cache, _ = self.encode(prompts)
         log_p, log_stop, mass = [], [], []

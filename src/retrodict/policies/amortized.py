@@ -5,6 +5,7 @@ The template travels with the policy, so that it can be asked about problems it 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from retrodict.errors import InputError
+from retrodict.policies.card import write_card
 from retrodict.policies.lm import LMPolicy
 from retrodict.protocols import LanguageModel, Problems
 from retrodict.records import Problem
@@ -55,6 +57,11 @@ class Amortized(LMPolicy):
         """What the model reads for each row."""
         made = {i: self.prompt(self.problems[i]) for i in set(problem.tolist())}
         return [made[i] for i in problem.tolist()]
+
+    def save(self, folder: str | os.PathLike[str], table: Any = None, recipe: Mapping[str, Any] | None = None) -> None:
+        """A PEFT folder with a card (target, what q sees, bounds, diversity, cost); ``table`` of ``compare`` joins it."""
+        self.lm.save_adapter(folder)  # pyright: ignore[reportAttributeAccessIssue]
+        write_card(folder, self, table, recipe)
 
     def on(self, problems: Problems) -> Amortized:
         """The same policy on other problems."""

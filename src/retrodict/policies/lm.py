@@ -122,6 +122,11 @@ class LMPolicy(FiniteStepper):
             raise InputError(f"{self.lm.name} has nothing to train; give it an adapter (lm.add_adapter('q'))")
         return found
 
+    def settle(self) -> None:
+        """Gradients reach the parameters."""
+        if hasattr(self.lm, "settle"):
+            self.lm.settle()  # pyright: ignore[reportAttributeAccessIssue]
+
     def refresh(self) -> None:
         """What decoding reads follows the parameters."""
         self.lm.refresh()  # pyright: ignore[reportAttributeAccessIssue]

@@ -112,6 +112,7 @@ class ServerPolicy:
         """
         temperature = _temperature(behaviour)
         with self._lock:
+            mode = self.server.mode
             rows: dict[tuple[int, ...], list[int]] = {}
             for i, prompt in enumerate(self.prompts(problem)):
                 rows.setdefault(tuple(prompt), []).append(i)
@@ -119,17 +120,17 @@ class ServerPolicy:
             seeds = torch.randint(1 << 62, (len(jobs),), generator=gen, device=gen.device).tolist()
             asked = [self._request(p, len(r), seed, temperature) for (p, r), seed in zip(jobs, seeds, strict=True)]
             answers = self.server.complete(asked)
-            mode = self.server.mode
+            adapter = self.adapter
         tape = _Tape(self.space, len(problem))
         for (prompt, index), choices in zip(jobs, answers, strict=True):
             for i, choice in zip(index, choices, strict=True):
                 tape.write(i, prompt, choice)
-        tape.settle(_watched(self.space)[1])
-        return tape.rollouts(problem, mode, temperature, {**(behaviour or {}), "adapter": self.adapter})
+        tape.settle(mode)
+        return tape.rollouts(problem, mode, temperature, {**(behaviour or {}), "adapter": adapter})
 
     def _request(self, prompt: Sequence[int], n: int, seed: int, temperature: float) -> dict[str, Any]:
         """The body of a completion request; every setting is said, so that no default of the server's enters."""
-        space, watched = self.space, _watched(self.space)[0]
+        space, watched = self.space, _watched(self.space)
         if len(prompt) + space.max_moves > self.server.context + 1:
             raise InputError(
                 f"prompt {len(prompt)} + latent {space.max_moves} tokens are over what {self.server.name} is served "
@@ -217,18 +218,18 @@ class _Tape:
                 self.ends[i, j, s] = said.get(x, UNKNOWN)
             self.banned[i, j] = sum(math.exp(said.get(x, UNKNOWN)) for x in banned)
 
-    def settle(self, whole: bool) -> None:
-        """Renormalise over the menu; where the banned ids were not watched (not ``whole``) that is not known."""
+    def settle(self, mode: str) -> None:
+        """Renormalise over the menu; processed log-probabilities already are. NaN where ids went unwatched."""
         space = self.space
         t = space.max_moves
         at = torch.arange(t + 1).expand(len(self.n), -1)
-        self.inside = at <= self.n[:, None]
         forced = at == t
-        may = may_stop(space.limit, at, space.min_moves, t) if space.stops.acts else torch.zeros_like(forced)
-        self.can_stop = self.inside & (forced | may)
+        may = may_stop(space.limit, at, space.min_moves, t) & space.stops.acts
+        self.can_stop = (at <= self.n[:, None]) & (forced | may)
         log_stop = self.ends if space.stops.in_text else self.ends.logsumexp(-1, keepdim=True)
-        off = self.banned + torch.where(may, 0.0, log_stop.exp().sum(-1) if space.stops.acts else 0.0)
-        norm = torch.log1p(-off)
+        early = log_stop.exp().sum(-1) if space.stops.acts else torch.zeros_like(self.banned)
+        off = self.banned + torch.where(may, 0.0, early)
+        norm = torch.zeros_like(off) if mode == PROCESSED else torch.log1p(-off.clamp_max(1 - 1e-12))
         self.log_move = torch.where(at[:, :t] < self.n[:, None], self.log_p - norm[:, :t], 0.0)
         only_first = torch.full_like(log_stop, NEG_INF)
         only_first[:, :, 0] = 0.0
@@ -241,17 +242,14 @@ class _Tape:
         rows = torch.arange(b)
         log_b = torch.cat([self.log_move, torch.zeros(b, 1)], 1)
         log_b[rows, self.n] = self.log_stop[rows, self.n, self.stop]
-        know_q, know_b = temperature == 1.0 or mode == RAW, temperature == 1.0 or mode == PROCESSED
-        log_q, log_stop = self.log_move, self.log_stop
-        if not know_q:
-            free = torch.arange(self.space.max_moves + 1)[None] < self.n[:, None]
-            log_q = torch.where(free[:, :-1], UNKNOWN, log_q)
-            paid = self.can_stop & (torch.arange(self.space.max_moves + 1) < self.space.max_moves)
-            log_stop = torch.where(paid[:, :, None], UNKNOWN, log_stop)
-        if not know_b:
-            chosen = torch.arange(self.space.max_moves + 1)[None] < self.n[:, None] + self.ended[:, None].long()
-            log_b = torch.where(chosen, UNKNOWN, log_b)
-        said = {"temperature": temperature, "logprobs": mode, "log_q": _word(log_q), "log_b": _word(log_b)}
+        log_q, log_stop, at = self.log_move, self.log_stop, torch.arange(self.space.max_moves + 1)
+        if temperature != 1.0 and mode == PROCESSED:
+            log_q = torch.where(at[:-1] < self.n[:, None], UNKNOWN, log_q)
+            log_stop = torch.where((self.can_stop & (at < self.space.max_moves))[:, :, None], UNKNOWN, log_stop)
+        if temperature != 1.0 and mode == RAW:
+            log_b = torch.where(at < (self.n + self.ended)[:, None], UNKNOWN, log_b)
+        words = {"log_q": _word(log_q, log_stop), "log_b": _word(log_b)}
+        said = {"temperature": temperature, "logprobs": mode, **words}
         kind = torch.where(torch.arange(t) < self.n[:, None], FREE, PAD).to(torch.int8)
         return Rollouts(
             problem=problem.cpu(), moves=self.moves[:, :t], kind=kind, n=self.n, stop=self.stop,
@@ -260,14 +258,14 @@ class _Tape:
         ).to(problem.device)  # fmt: skip
 
 
-def _word(x: Tensor) -> str:
-    return "unknown" if x.isnan().any() else "exact"
+def _word(*values: Tensor) -> str:
+    return "unknown" if any(x.isnan().any() for x in values) else "exact"
 
 
-def _watched(space: Strings) -> tuple[list[int], bool]:
-    """Ids whose log p is asked for at each position, and whether they are all that the menu's normaliser needs."""
+def _watched(space: Strings) -> list[int]:
+    """Ids whose log p is asked for at each position: all that the menu's normaliser needs, or the stops alone."""
     every = [*space.stops.ids, *space.banned]
-    return (every, True) if len(every) <= WATCHED else (list(space.stops.ids), False)
+    return every if len(every) <= WATCHED else list(space.stops.ids)
 
 
 def _check(server: ServerLM, space: Strings) -> None:
@@ -276,18 +274,21 @@ def _check(server: ServerLM, space: Strings) -> None:
         raise InputError("a server ends a string at a token, not at a condition on its text; use stop='.' or ids, or "
                          "draw with the local policy")  # fmt: skip
     if space.limit not in ("force", "own_stop"):
-        raise InputError(f"limit {space.limit!r} is not drawn by a server; use 'force' or 'own_stop', or the local policy")
+        raise InputError(
+            f"limit {space.limit!r} is not drawn by a server; use 'force' or 'own_stop', or the local policy"
+        )
     if space.max_moves < 1:
         raise InputError("a server draws at least one token; give max_tokens of 1 or more")
     if space.vocab_size != server.vocab_size:
         raise InputError(
-            f"the space has {space.vocab_size} tokens and the served model {server.vocab_size}; build both from one model"
+            f"the space has {space.vocab_size} tokens and the served model {server.vocab_size}; build both from one "
+            "model"
         )
     loose = set(server.end_ids) - set(space.stops.ids) - set(space.banned)
     if space.min_moves and loose:
         raise InputError(
-            f"a server keeps its end of sequence (id {sorted(loose)[0]}) back for the first min_tokens, where this space "
-            "allows it as a move; ban it, make it a stop, or use min_tokens=0"
+            f"a server keeps its end of sequence (id {sorted(loose)[0]}) back for the first min_tokens, where this "
+            "space allows it as a move; ban it, make it a stop, or use min_tokens=0"
         )
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from retrodict.numerics import at_end, prefix_values
 from retrodict.policies.lm import LMPolicy
+from retrodict.policies.server import ServerPolicy
 from retrodict.records import Problem, Rollouts
 
 
 @dataclass(frozen=True)
 class Prior:
-    """The prior as a factor. Illegal moves renormalise q only: p keeps its raw log-probabilities."""
+    """The prior as a factor. Illegal moves renormalise q only: p keeps its raw log-probabilities.
 
-    policy: LMPolicy
+    A served model values whole objects only: give ``prefixes=False`` with it.
+    """
+
+    policy: LMPolicy | ServerPolicy
     name: str = "prior"
     noise: str = "none"
     prefixes: bool = True
@@ -34,4 +38,4 @@ class Prior:
 
     def on(self, problems: Sequence[Problem]) -> Prior:
         """The same model on other problems."""
-        return Prior(self.policy.on(problems), self.name)
+        return replace(self, policy=self.policy.on(problems))

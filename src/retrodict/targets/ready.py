@@ -16,6 +16,7 @@ from retrodict.records import Problem
 from retrodict.spaces.limits import Limit
 from retrodict.spaces.stops import EndsWith, Stops
 from retrodict.spaces.strings import Strings
+from retrodict.spaces.tools import Tool, with_tool
 from retrodict.targets.algebra import Target
 from retrodict.targets.constraint import with_words
 from retrodict.targets.likelihood import Likelihood
@@ -95,6 +96,7 @@ def posterior(
     limit: Limit = "force",
     verifier: Verifier | None = None,
     lookahead: float | None = 0.5,
+    tool: Tool | None = None,
 ) -> Target:
     """p(Z | X, Y) for a user's own problems: prior * likelihood (where there is evidence) * verifier.
 
@@ -105,9 +107,12 @@ def posterior(
         max_tokens, min_tokens, limit: see ``spaces.limits``.
         verifier: a factor on complete texts.
         lookahead: exponent of p(Y | X, z_1..t) as the guide of SMC; ``None`` for no guide.
+        tool: what writes into the latent, see ``spaces.tools``; ``max_tokens`` counts free tokens only.
     """
     ids = tokenise(lm, data)
     space = strings(lm, stop, max_tokens, limit, min_tokens)
+    if tool is not None:
+        space = with_tool(space, tool)
     target = from_prior(lm, ids, space)
     if any(p.evidence for p in ids):
         likelihood = Likelihood(lm, space, ids)

@@ -43,6 +43,9 @@ class TablePolicy(FiniteStepper):
         """The table."""
         return {"logits": self.logits}
 
+    def settle(self) -> None:
+        """Gradients are where they belong."""
+
     def refresh(self) -> None:
         """Nothing is copied; the version moves."""
         self.updates += 1

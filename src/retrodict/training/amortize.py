@@ -67,7 +67,7 @@ def amortize(
         policy: what to train; a new LoRA adapter on the prior's model by default.
         sees: what that adapter reads: "x", "xy", or a template (``policies.amortized``).
         rank, alpha, targets: of the adapter (LoRA; ``alpha`` 2 * rank by default).
-        folder: where checkpoints and ``metrics.jsonl`` go; nothing is written without it.
+        folder: where checkpoints and ``metrics.jsonl`` go, a new one unless ``resume``; nothing is written without it.
         resume: go on from the newest checkpoint in ``folder``; the result is that of an uninterrupted run.
         save_every: steps between checkpoints (20 where a folder is given).
         on_metrics: called with each step's numbers.
@@ -88,26 +88,28 @@ def amortize(
         policy = grow(target, sees=sees, rank=rank, alpha=alpha, targets=targets, seed=s.seed)
     run = begin(target, policy, s, world())
     keeper = Keeper(Path(folder), save_every or 20) if folder is not None else None
-    if resume:
-        if keeper is None:
-            raise InputError("resume needs the folder that the run was started with")
-        keeper.resume(run)
+    if keeper is not None:
+        keeper.start(resume, run)
+    elif resume:
+        raise InputError("resume needs the folder that the run was started with")
     seconds = train(run, keeper, on_metrics, on_failure)
-    found = evaluate(target, policy, s.evaluate, s.seed)
+    found = evaluate(target, policy, s.evaluate, s.seed) if run.world.first else {}
     about = {"target": target.formula, "sees": getattr(policy, "sees", "x"), "settings": s.plain(),
              "objective": run.objective, "seconds": seconds, "evaluation": found}  # fmt: skip
     if keeper is not None and run.world.first:
         keeper.finish(run, about)
+    run.world.wait()
     if hasattr(policy, "about"):
         policy.about = about  # pyright: ignore[reportAttributeAccessIssue]
     return policy
 
 
 def train(run: Run, keeper: Keeper | None, on_metrics: OnMetrics | None, on_failure: OnFailure | None) -> float:
-    """All remaining steps; gives the seconds they took. A checkpoint is kept whatever ends them."""
-    total = 0.0
+    """All remaining steps; gives the seconds that the run took. A checkpoint is kept whatever ends them."""
 
     def failed(step: int, batch: Any, why: str) -> None:
+        if not run.world.first:
+            return
         if keeper is not None:
             keeper.failure(step, batch, why)
         if on_failure is not None:
@@ -115,16 +117,17 @@ def train(run: Run, keeper: Keeper | None, on_metrics: OnMetrics | None, on_fail
 
     try:
         for metrics in steps(run, failed):
-            if run.settings.evaluate_every and run.step % run.settings.evaluate_every == 0:
+            every = run.settings.evaluate_every
+            if every and run.step % every == 0 and run.world.first:
                 metrics["evaluation"] = evaluate(run.target, run.policy, run.settings.evaluate, run.settings.seed)
-            total += sum(v for k, v in metrics.items() if k.startswith("seconds_"))
-            metrics["seconds"] = total
+            run.seconds += sum(v for k, v in metrics.items() if k.startswith("seconds_"))
+            metrics["seconds"] = run.seconds
             if keeper is not None and run.world.first:
                 keeper.step(run, metrics)
             if on_metrics is not None and run.world.first:
                 on_metrics(metrics)
     except BaseException:
-        if keeper is not None and run.world.first:
+        if keeper is not None and run.world.first and run.whole:  # half a step is no run to go on from
             keeper.save(run)
         raise
-    return total
+    return run.seconds

@@ -39,23 +39,41 @@ class Keeper:
     folder: Path
     every: int = 20
 
+    def start(self, resume: bool, run: Run) -> None:
+        """A fresh run in a folder of its own, or the run that the folder holds.
+
+        Raises InputError where the folder holds a run that is not to be gone on with, or another run than this.
+        """
+        if resume:
+            return self.resume(run)
+        held = [name for name in (HEAD, "metrics.jsonl") if (self.folder / name).exists()]
+        if held:
+            raise InputError(f"{self.folder} holds a run already ({held[0]}); say resume=True to go on with it, or "
+                             "give a new folder")  # fmt: skip
+
     def step(self, run: Run, metrics: dict[str, Any]) -> None:
         """One line of metrics, and a checkpoint where it is time."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(metrics) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(metrics) + "\n")
+        except OSError as e:
+            raise InputError(f"cannot write {path} ({e.strerror or e}); give a writable folder with room") from e
+        run.whole = True
         if run.step % self.every == 0 or run.step == run.settings.steps:
             self.save(run)
 
     def save(self, run: Run) -> None:
         """The run as it stands after ``run.step`` steps."""
         parts = [f"state-{run.step}.safetensors"] + ([f"replay-{run.step}.safetensors"] if len(run.replay) else [])
-        write_atomically(self.folder / parts[0], to_bytes({k: v.detach().cpu().contiguous() for k, v in state(run).items()}))
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state(run).items()}
+        write_atomically(self.folder / parts[0], to_bytes(tensors))
         if len(run.replay):
             run.replay.save(self.folder / parts[1])
-        told = {"step": run.step, "failures": run.failures, "files": parts, **identity(run)}
-        write_atomically(self.folder / HEAD, json.dumps(told, indent=1).encode())
-        for old in [*self.folder.glob("state-*.safetensors"), *self.folder.glob("replay-*.safetensors")]:
+        told = {"step": run.step, "failures": run.failures, "seconds": run.seconds, "micro": run.micro, "files": parts}
+        write_atomically(self.folder / HEAD, json.dumps(told | identity(run), indent=1).encode())
+        for old in [x for kind in ("state-*", "replay-*", ".*.part") for x in self.folder.glob(kind)]:
             if old.name not in parts:
                 with contextlib.suppress(OSError):
                     old.unlink()
@@ -67,8 +85,7 @@ class Keeper:
         """
         head = self.folder / HEAD
         if not head.is_file():
-            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
-            return
+            return self._cut(run, 0)
         try:
             told = json.loads(head.read_text(encoding="utf-8"))
             tensors = from_bytes((self.folder / told["files"][0]).read_bytes())
@@ -76,20 +93,25 @@ class Keeper:
             for key in mine:
                 if told[key] != mine[key]:
                     raise InputError(_differs(str(head), key, told[key], mine[key]))
+            _fits(str(head), run, tensors)
             restore(run, tensors)
             if len(told["files"]) > 1:
-                run.replay = Replay.load(self.folder / told["files"][1], model=run.replay.model, target=run.replay.target)
-            run.step, run.failures = int(told["step"]), int(told["failures"])
+                of = {"model": run.replay.model, "target": run.replay.target}
+                run.replay = Replay.load(self.folder / told["files"][1], **of)
+            run.step, run.failures, run.seconds = int(told["step"]), int(told["failures"]), float(told["seconds"])
+            run.micro = told["micro"] if run.settings.micro is None else run.micro
         except InputError:
             raise
         except Exception as error:  # safetensors, json and OSError each have their own
-            raise InputError(f"{head} is damaged ({type(error).__name__}: {error}); remove it to begin anew") from error
-        self._cut(run.step)
+            why = (str(error).splitlines() or [""])[0]
+            raise InputError(f"{head} or what it names is damaged ({type(error).__name__}: {why}); give a new folder, "
+                             "or empty this one to begin anew") from error  # fmt: skip
+        self._cut(run, run.step)
 
-    def _cut(self, step: int) -> None:
+    def _cut(self, run: Run, step: int) -> None:
         """Drop lines of steps that will be taken again."""
         path = self.folder / "metrics.jsonl"
-        if not path.is_file():
+        if not path.is_file() or not run.world.first:
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -101,7 +123,7 @@ class Keeper:
     def failure(self, step: int, rollouts: Rollouts, why: str) -> None:
         """Keep a batch whose step was skipped."""
         tensors = {f: getattr(rollouts, f) for f in FIELDS} | {f"term.{k}": v for k, v in rollouts.terms.items()}
-        data = to_bytes({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"why": why})
+        data = to_bytes({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, {"why": why})
         write_atomically(self.folder / "failures" / f"step-{step}.safetensors", data)
 
     def finish(self, run: Run, about: dict[str, Any]) -> None:
@@ -113,7 +135,9 @@ def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
     model = getattr(getattr(run.policy, "lm", None), "base_version", "") or ""
     settings = {k: v for k, v in run.settings.plain().items() if k not in ("evaluate", "evaluate_every", "micro")}
-    return {"model": model, "target": run.target.version, "problems": _digest(run), "settings": json.loads(json.dumps(settings))}
+    policy = {"sees": getattr(run.policy, "sees", None), "kind": type(run.policy).__name__}
+    told = {"model": model, "target": run.target.version, "problems": _digest(run), "policy": policy}
+    return json.loads(json.dumps(told | {"settings": settings}))
 
 
 def _digest(run: Run) -> str:
@@ -126,13 +150,27 @@ def _digest(run: Run) -> str:
 def _differs(path: str, key: str, theirs: Any, mine: Any) -> str:
     if isinstance(theirs, dict):
         bad = next(k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k))
-        return f"{path}: the run was made with {bad} = {theirs.get(bad)!r}, not {mine.get(bad)!r}; give the same, or a new folder"
+        both = f"{bad} = {theirs.get(bad)!r}, not {mine.get(bad)!r}"
+        return f"{path}: the run was made with {both}; give the same, or a new folder"
     return f"{path}: the run was made with another {key}: {theirs!r}, not {mine!r}; give a new folder"
+
+
+def _trained(run: Run) -> dict[str, Tensor]:
+    return {**run.policy.parameters(), **({} if run.log_z is None else {"log_z": run.log_z})}
+
+
+def _fits(path: str, run: Run, tensors: dict[str, Tensor]) -> None:
+    theirs = {k.removeprefix("parameter."): tuple(v.shape) for k, v in tensors.items() if k.startswith("parameter.")}
+    mine = {k: tuple(v.shape) for k, v in _trained(run).items()}
+    if theirs != mine:
+        k = next(k for k in [*mine, *theirs] if theirs.get(k) != mine.get(k))
+        raise InputError(f"{path}: the run trained {k} of shape {theirs.get(k, 'none')}, and this policy's is "
+                         f"{mine.get(k, 'none')}; give the same rank and targets, or a new folder")  # fmt: skip
 
 
 def state(run: Run) -> dict[str, Tensor]:
     """Every tensor that the next step depends on."""
-    named = {**run.policy.parameters(), **({} if run.log_z is None else {"log_z": run.log_z})}
+    named = _trained(run)
     out = {f"parameter.{k}": v for k, v in named.items()}
     for k, p in named.items():
         out |= {f"adam.{k}.{x}": v for x, v in run.adam.state.get(p, {}).items()}
@@ -141,7 +179,7 @@ def state(run: Run) -> dict[str, Tensor]:
 
 def restore(run: Run, tensors: dict[str, Tensor]) -> None:
     """The tensors of :func:`state`, put back."""
-    named = {**run.policy.parameters(), **({} if run.log_z is None else {"log_z": run.log_z})}
+    named = _trained(run)
     with torch.no_grad():
         for k, p in named.items():
             p.copy_(tensors[f"parameter.{k}"])

@@ -6,6 +6,7 @@ All objectives of the GFlowNet family are off-policy, so any mixture is valid; w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,28 +59,45 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step with their term values; ``own`` are those that q itself drew, at temperature one."""
+    """Rows of one step with their term values.
+
+    ``own`` are those that q itself drew, at temperature one; ``new`` all that were drawn, not replayed.
+    """
 
     rollouts: Rollouts
     own: Int[Tensor, " f"]
+    new: Int[Tensor, " d"]
     scored: int
     temperature: float
+    seconds: float = 0.0
+    """Spent on values, not on drawing."""
 
 
 def with_terms(target: Target, rows: Rollouts, every_prefix: bool) -> tuple[Rollouts, int]:
-    """Term values of rows, each distinct object valued once; and how many were."""
-    seen: dict[tuple[int, ...], int] = {}
+    """Term values of rows, each distinct trajectory valued once; and how many were.
+
+    Two paths to one object have prefixes of their own, and a prior over paths gives them values of their own.
+    """
+    seen: dict[str, int] = {}
     index, firsts = [], []
-    for i, (p, key) in enumerate(zip(rows.problem.tolist(), target.space.keys(rows), strict=True)):
-        full = (p, *key)
-        if full not in seen:
-            seen[full] = len(firsts)
+    each = zip(rows.problem.tolist(), rows.moves.tolist(), rows.n.tolist(), rows.stop.tolist(), strict=True)
+    for i, (p, moves, n, stop) in enumerate(each):
+        path = f"{p} {stop} {moves[:n]}"
+        if path not in seen:
+            seen[path] = len(firsts)
             firsts.append(i)
-        index.append(seen[full])
+        index.append(seen[path])
     at = torch.tensor(firsts, device=rows.n.device)
     valued = target.terms(replace(rows.take(at), terms={}, versions={}), every_prefix)
     back = torch.tensor(index, device=rows.n.device)
     return rows.with_terms({k: v[back] for k, v in valued.terms.items()}, valued.versions), len(firsts)
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def collect(
@@ -114,9 +132,12 @@ def collect(
     if tempered:
         how: dict[str, Any] = {"temperature": temperature} | ({"epsilon": mixture.epsilon} if mixture.epsilon else {})
         drawn.append(policy.sample(chosen.repeat_interleave(tempered), gen, how))
-    new, scored = (with_terms(target, cat_rollouts(drawn), every_prefix) if drawn else (None, 0))
+    began = now(device)
+    new, scored = with_terms(target, cat_rollouts(drawn), every_prefix) if drawn else (None, 0)
     rows = cat_rollouts(([new] if new is not None else []) + [target.terms(r, every_prefix) for r in old])
-    return Batch(rows, torch.arange(int(own_of.sum()), device=device), scored, temperature)
+    count = torch.arange(len(rows), device=device)
+    return Batch(rows, count[: int(own_of.sum())], count[: 0 if new is None else len(new)], scored, temperature,
+                 now(device) - began)  # fmt: skip
 
 
 def final_log_gamma(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:

@@ -7,6 +7,7 @@ The result is that of one process, in any split. Start it with ``accelerate laun
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,11 @@ class World:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
+    def wait(self) -> None:
+        """Until all processes are here: what the first wrote is there for the others."""
+        if self.size > 1:
+            dist.barrier()
+
     def _bytes(self, data: bytes) -> list[bytes]:
         """What each process gave, by way of padded byte tensors: nothing is pickled."""
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -95,29 +101,36 @@ def world() -> World:
         return ALONE
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """Batches one after the other."""
     if len(batches) == 1:
         return batches[0]
-    start, own = 0, []
-    for b in batches:
-        own.append(b.own + start)
-        start += len(b.rollouts)
+    starts = [sum(len(b.rollouts) for b in batches[:i]) for i in range(len(batches))]
+    own, new = (torch.cat([getattr(b, k) + at for b, at in zip(batches, starts, strict=True)]) for k in ("own", "new"))
     rows = cat_rollouts([b.rollouts for b in batches])
-    return replace(batches[0], rollouts=rows, own=torch.cat(own), scored=sum(b.scored for b in batches))
+    return replace(batches[0], rollouts=rows, own=own, new=new, scored=sum(b.scored for b in batches),
+                   seconds=sum(b.seconds for b in batches))  # fmt: skip
 
 
 def pack(batch: Batch) -> bytes:
     """A batch as safetensors."""
     r = batch.rollouts
-    tensors = {f: getattr(r, f) for f in FIELDS} | {f"term.{k}": v for k, v in r.terms.items()} | {"own": batch.own}
+    tensors = {f: getattr(r, f) for f in FIELDS} | {f"term.{k}": v for k, v in r.terms.items()}
+    tensors |= {"own": batch.own, "new": batch.new}
     told: dict[str, Any] = {"scored": batch.scored, "temperature": batch.temperature, "versions": dict(r.versions)}
-    return to_bytes({k: v.cpu().contiguous() for k, v in tensors.items()}, {"told": json.dumps(told)})
+    alone = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}  # safetensors takes no shared memory
+    return to_bytes(alone, {"told": json.dumps(told)})
 
 
 def unpack(data: bytes, like: Batch, device: torch.device) -> Batch:
@@ -128,4 +141,4 @@ def unpack(data: bytes, like: Batch, device: torch.device) -> Batch:
     terms = {k.removeprefix("term."): v for k, v in tensors.items() if k.startswith("term.")}
     rows = Rollouts(**{f: tensors[f] for f in FIELDS}, terms=terms, versions=told["versions"],
                     behaviour=like.rollouts.behaviour)  # fmt: skip
-    return Batch(rows, tensors["own"], told["scored"], told["temperature"])
+    return Batch(rows, tensors["own"], tensors["new"], told["scored"], told["temperature"])

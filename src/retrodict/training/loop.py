@@ -6,6 +6,7 @@ random number comes from (seed, step, shard), so a run that is stopped and resum
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from retrodict.rng import generator
 from retrodict.samplers.common import device_of, positive
 from retrodict.targets.algebra import Target
 from retrodict.training.collect import Batch, collect, final_log_gamma, turn
+from retrodict.training.distance import DISTANCES
 from retrodict.training.distributed import ALONE, World
 from retrodict.training.memory import micro_batch
 from retrodict.training.replay import Replay
@@ -53,6 +55,8 @@ class Run:
     step: int = 0
     failures: int = 0
     micro: int | None = None
+    seconds: float = 0.0
+    whole: bool = True  # not in the middle of a step: what a checkpoint may be made of
     world: World = field(default_factory=lambda: ALONE)
 
 
@@ -80,14 +84,20 @@ def begin(target: Target, policy: Trainable, settings: Settings, world: World = 
     groups_of = [{"params": list(parameters.values()), "lr": settings.lr}]
     if log_z is not None:
         groups_of.append({"params": [log_z], "lr": settings.lr_log_z})
-    replay = Replay(settings.capacity, priority=settings.priority, alpha=settings.alpha,  # pyright: ignore[reportArgumentType]
-                    target=target.version)  # fmt: skip
+    near = None if settings.distance is None else DISTANCES[settings.distance]
+    replay = Replay(settings.capacity, priority=settings.priority, alpha=settings.replay_alpha, distance=near,
+                    tolerance=settings.tolerance, model=_model(policy), target="*".join(target.factors))  # fmt: skip
     run = Run(target, policy, settings, name, torch.optim.Adam(groups_of, betas=(0.9, 0.99)), log_z, replay)
     run.world = world
     run.micro = micro_batch(target, policy, settings)
     if settings.checkpointing:
         policy.lm.checkpoint_activations(True)  # pyright: ignore[reportAttributeAccessIssue]
     return run
+
+
+def _model(policy: Trainable) -> str:
+    """The weights that an adapter stands on; they do not move."""
+    return str(getattr(getattr(policy, "lm", None), "base_version", ""))
 
 
 def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
@@ -100,6 +110,8 @@ def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
     prefixes = run.objective in NEED_PREFIXES
     log_gamma = tempered.log_gamma(batch.rollouts, prefixes)
     clock.lap("sample")
+    clock.seconds["seconds_reward"] = batch.seconds
+    clock.seconds["seconds_sample"] -= batch.seconds
     metrics: dict[str, Any] = {"step": run.step, "objective": run.objective}
     run.adam.zero_grad(set_to_none=True)
     log_norm = None if run.log_z is None else run.log_z[batch.rollouts.problem]
@@ -110,6 +122,9 @@ def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
         return _skip(run, batch, str(error), on_failure, metrics)
     run.micro = pushed.micro if pushed.micro < len(batch.rollouts) else run.micro
     norm = clip(run.policy.parameters(), s.clip)
+    if not math.isfinite(norm):
+        return _skip(run, batch, f"the norm of the gradient is {norm}", on_failure, metrics)
+    run.whole = False
     for group, rate in zip(run.adam.param_groups, (s.rate(run.step), s.lr_log_z), strict=False):
         group["lr"] = rate
     run.adam.step()
@@ -129,7 +144,7 @@ def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
 def _collect(run: Run, device: torch.device) -> Batch:
     """The rows of a step: each shard draws its own from (seed, step, shard), wherever it runs."""
     s, m = run.settings, len(run.target.problems)
-    per_step = min(m, s.problems or min(m, 8))
+    per_step = min(m, s.per_step or min(m, 8))
     epoch = run.step * per_step // m
     order = torch.randperm(m, generator=generator(s.seed, "cpu", 1, epoch))
     chosen = turn(run.step, m, per_step, order)
@@ -144,8 +159,8 @@ def _collect(run: Run, device: torch.device) -> Batch:
 
 def _remember(run: Run, batch: Batch) -> None:
     if run.settings.mixture.replay:
-        values = final_log_gamma(run.target, batch.rollouts)
-        run.replay.add(batch.rollouts, values, run.target.space.keys(batch.rollouts), run.step)
+        rows = batch.rollouts.take(batch.new)
+        run.replay.add(rows, final_log_gamma(run.target, rows), run.target.space.keys(rows), run.step)
 
 
 def _fresh(run: Run, batch: Batch, scores: Scores) -> dict[str, Any]:
@@ -185,6 +200,7 @@ def _skip(run: Run, batch: Batch, why: str, on_failure: OnFailure | None, metric
     if run.failures >= PATIENCE:
         raise TrainingError(f"{PATIENCE} steps in a row were skipped, the last because {why}: lower lr, or check the "
                             "factors of the target")  # fmt: skip
+    run.whole = False
     run.step += 1
     return metrics | {"skipped": why}
 

@@ -49,7 +49,7 @@ def estimate(target: Target, policy: Trainable, s: Settings) -> Estimate | None:
     kept = layers * d if s.checkpointing else layers * (10 * d + 4 * f + 3 * heads * tokens)
     weights = sum(p.numel() * p.element_size() for p in lm.module.parameters())
     trained = sum(p.numel() for p in policy.parameters().values())
-    per_step = min(len(target.problems), s.problems or min(len(target.problems), 8))
+    per_step = min(len(target.problems), s.per_step or min(len(target.problems), 8))
     rows = per_step * s.samples
     cache = rows * layers * 2 * (getattr(config, "num_key_value_heads", heads) * d // heads) * tokens * size
     fixed = weights + 12 * trained + 2 * cache + 3 * 4 * CHUNK

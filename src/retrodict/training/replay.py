@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +30,18 @@ from torch import Tensor
 
 from retrodict.errors import InputError, nearest
 from retrodict.numerics import NEG_INF, at_end, invert_cdf
-from retrodict.particles_io import pack_keys, read_tensors, unpack_keys, write_tensors
-from retrodict.records import Rollouts, cat_rollouts
-from retrodict.records import _ROWS as ROWS
+from retrodict.particles_io import read_tensors, write_tensors
+from retrodict.policies.guided import GuidedPolicy
+from retrodict.protocols import Policy, Space
+from retrodict.records import FORCED, FREE, MUST_MOVE, MUST_STOP, PAD, Menu, Rollouts
 from retrodict.training.distance import DISTANCES, Distance, edit_distance
+from retrodict.training.shelf import Key, Shelf, joined, no_rows, pack, trimmed, unpack
 
 Priority = str
 """One of PRIORITIES; checked where a buffer is made, so that a recipe's typo gets a sentence."""
 
 PRIORITIES: tuple[str, ...] = ("uniform", "reward", "recency")
 
-Key = tuple[int, ...]
 Rescore = Callable[[Rollouts], tuple[Rollouts, Tensor]]
 """Rows to the same rows with the terms of now, and their log gamma ``[b]``."""
 
@@ -52,16 +53,6 @@ class _Entry(NamedTuple):
     terms: int
     log_gamma: float
     step: int
-
-
-@dataclass(frozen=True)
-class _Shelf:
-    """The rows of one problem, in the order they came, on the CPU."""
-
-    rows: Rollouts
-    keys: tuple[Key, ...]
-    log_gamma: tuple[float, ...]
-    steps: tuple[int, ...]
 
 
 class Replay:
@@ -103,7 +94,7 @@ class Replay:
         self.capacity, self.priority, self.alpha, self.tolerance = capacity, priority, alpha, tolerance
         self.distance = distance or edit_distance
         self.model, self.target = model, target
-        self._shelves: dict[int, _Shelf] = {}
+        self._shelves: dict[int, Shelf] = {}
 
     def __len__(self) -> int:
         return sum(len(s.keys) for s in self._shelves.values())
@@ -134,12 +125,9 @@ class Replay:
         Raises:
             InputError: log gamma is NaN or +inf, or the lengths differ.
         """
-        values = log_gamma.detach().double().tolist()
+        values = _finite(log_gamma)
         if not len(rollouts) == len(values) == len(keys):
             raise InputError(f"{len(rollouts)} rows, {len(values)} log gammas and {len(keys)} keys; give one of each")
-        bad = [i for i, v in enumerate(values) if math.isnan(v) or v == math.inf]
-        if bad:
-            raise InputError(f"log gamma of row {bad[0]} is {values[bad[0]]}; replay takes finite values and -inf")
         rows, taken = rollouts.to("cpu"), 0
         for p in dict.fromkeys(rows.problem.tolist()):
             index = (rows.problem == p).nonzero().squeeze(1)
@@ -150,17 +138,14 @@ class Replay:
     def rescore(self, score: Rescore) -> None:
         """Give every row the terms and the log gamma of now, after betas or a factor changed.
 
-        ``score`` is ``lambda rows: (rows := target.terms(rows), target.log_gamma(rows))``, or with ``every_prefix``:
-        a target scores again only the terms whose version changed.
+        ``score`` gets the rows of one problem, on the CPU. ``Target.terms`` scores again only the terms whose version
+        changed, so that after a change of betas this costs sums.
         """
-        shelves, self._shelves = self._shelves, {}
-        for p, shelf in shelves.items():
-            rows, log_gamma = score(shelf.rows)
-            values = log_gamma.detach().double().tolist()
-            if any(math.isnan(v) for v in values):
-                self._shelves = shelves
-                raise InputError(f"log gamma of a replayed row of problem {p} is NaN")
-            self._put(p, rows.to("cpu"), shelf.keys, values, shelf.steps)
+        scored = [(p, shelf, *score(shelf.rows)) for p, shelf in self._shelves.items()]
+        made = [(p, shelf, rows.to("cpu"), _finite(value)) for p, shelf, rows, value in scored]
+        self._shelves = {}  # only now that nothing can fail
+        for p, shelf, rows, values in made:
+            self._put(p, rows, shelf.keys, values, shelf.steps)
 
     def _put(self, p: int, new: Rollouts, keys: Sequence[Key], values: Sequence[float], steps: Sequence[int]) -> int:
         old = self._shelves.get(p)
@@ -219,13 +204,11 @@ class Replay:
                 pick = invert_cdf(self._weights(self._shelves[p])[None], u[at][None]).squeeze(0)
                 parts.append(self._shelves[p].rows.take(pick))
                 served.append(at)
-        if not parts:
-            return _no_rows().to(problem.device), torch.zeros(0, dtype=torch.long, device=problem.device)
-        which, order = torch.cat(served).sort()
-        rows = _trimmed(joined(parts).take(order))
+        which, order = torch.cat(served or [torch.zeros(0, dtype=torch.long)]).sort()
+        rows = trimmed(joined(parts).take(order)) if parts else no_rows()
         return replace(rows, behaviour={"source": "replay"}).to(problem.device), which.to(problem.device)
 
-    def _weights(self, shelf: _Shelf) -> Float[Tensor, " k"]:
+    def _weights(self, shelf: Shelf) -> Float[Tensor, " k"]:
         """Unnormalised probabilities of a problem's rows."""
         if self.priority == "reward":
             value = torch.tensor(shelf.log_gamma, dtype=torch.float64)
@@ -239,27 +222,14 @@ class Replay:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the buffer to one safetensors file, whole or not at all. Draws go on as if it had never been saved."""
-        groups: dict[str, list[_Shelf]] = {}
-        for p in sorted(self._shelves):
-            groups.setdefault(_layout(self._shelves[p].rows), []).append(self._shelves[p])
-        tensors: dict[str, Tensor] = {}
-        for g, shelves in enumerate(groups.values()):
-            rows = cat_rollouts([s.rows for s in shelves])  # of one layout, so that nothing is dropped
-            tensors |= {f"{g}.rows.{f}": getattr(rows, f) for f in ROWS}
-            tensors |= {f"{g}.terms.{k}": v for k, v in rows.terms.items()}
-            tensors[f"{g}.log_gamma"] = torch.tensor([v for s in shelves for v in s.log_gamma], dtype=torch.float64)
-            tensors[f"{g}.steps"] = torch.tensor([x for s in shelves for x in s.steps])
+        tensors, meta = pack([self._shelves[p] for p in sorted(self._shelves)])
         named = next((name for name, d in DISTANCES.items() if d is self.distance), None)
-        meta: dict[str, Any] = {"model": self.model, "target": self.target, "capacity": self.capacity}
-        meta |= {"priority": self.priority, "alpha": self.alpha, "tolerance": self.tolerance, "distance": named}
-        meta["versions"] = [dict(shelves[0].rows.versions) for shelves in groups.values()]
-        pack_keys([key for shelves in groups.values() for s in shelves for key in s.keys], tensors, meta)
+        meta |= {"model": self.model, "target": self.target, "capacity": self.capacity, "distance": named}
+        meta |= {"priority": self.priority, "alpha": self.alpha, "tolerance": self.tolerance}
         return write_tensors(path, "replay buffer", tensors, meta)
 
     @staticmethod
-    def load(
-        path: str | os.PathLike[str], *, model: str, target: str, distance: Distance | None = None
-    ) -> Replay:  # fmt: skip
+    def load(path: str | os.PathLike[str], *, model: str, target: str, distance: Distance | None = None) -> Replay:
         """Read what :meth:`save` wrote.
 
         ``distance`` is only for a buffer that had one of the caller's own.
@@ -272,101 +242,126 @@ class Replay:
             if meta.get(what) != mine:
                 raise InputError(f"{path} holds rows of {what} {meta.get(what)!r}, and this run's {what} is {mine!r}; "
                                  "give the file of this run, or start with an empty buffer")  # fmt: skip
-        if meta.get("tolerance") and meta.get("distance") not in DISTANCES and distance is None:
+        if meta.get("tolerance") and meta.get("distance") is None and distance is None:
             raise InputError(f"{path} was made with a distance of its own; give it as distance=")
         try:
-            made = DISTANCES.get(meta["distance"], distance) if meta["tolerance"] else None
-            out = Replay(meta["capacity"], priority=meta["priority"], alpha=meta["alpha"], distance=made,
-                         tolerance=meta["tolerance"], model=model, target=target)  # fmt: skip
-            out._shelves = _shelves_of(tensors, meta)
+            settings = {k: meta[k] for k in ("capacity", "priority", "alpha", "tolerance")}
+            named = DISTANCES[meta["distance"]] if meta["distance"] else distance
+            out = Replay(**settings, distance=named if settings["tolerance"] else None, model=model, target=target)
+            out._shelves = unpack(tensors, meta)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
             raise InputError(f"{path} does not hold a consistent replay buffer ({e}); save it again") from None
         return out
 
 
-def joined(parts: Sequence[Rollouts]) -> Rollouts:
-    """Rows of any origin in one record, with the terms that every part has.
-
-    A term that is whole ``[b]`` in one part and per prefix ``[b, t+1, s]`` in another becomes whole. One whose version
-    differs is left out: the target then scores it again.
-    """
-    first = parts[0]
-    versions = {f: v for f, v in first.versions.items() if all(p.versions.get(f) == v for p in parts)}
-    same = [f for f in first.terms if all(f in p.terms and _version(p, f) == _version(first, f) for p in parts)]
-    whole = {f for f in same if len({p.terms[f].dim() for p in parts}) > 1}
-
-    def alike(p: Rollouts) -> Rollouts:
-        terms = {f: p.terms[f] for f in same}
-        terms |= {f: at_end(terms[f], p.n, p.stop) for f in whole if terms[f].dim() == 3}
-        return replace(p, terms=terms, versions=versions)
-
-    return cat_rollouts([alike(p) for p in parts])
-
-
-def _version(rows: Rollouts, term: str) -> str | None:
-    """Version of a term; that of ``prior.path`` is the prior's."""
-    return rows.versions.get(term, rows.versions.get(term.removesuffix(".path")))
+def _finite(log_gamma: Tensor) -> list[float]:
+    values = log_gamma.detach().double().tolist()
+    bad = [i for i, v in enumerate(values) if math.isnan(v) or v == math.inf]
+    if bad:
+        raise InputError(f"log gamma of row {bad[0]} is {values[bad[0]]}; replay takes finite values and -inf")
+    return values
 
 
 def _path(rows: Rollouts, i: int) -> list[Any]:
     return rows.moves[i, : int(rows.n[i])].tolist()
 
 
-def _shelf(pool: Rollouts, entries: Mapping[Key, _Entry]) -> _Shelf:
+def _shelf(pool: Rollouts, entries: Mapping[Key, _Entry]) -> Shelf:
     kept = list(entries.values())
     terms = torch.tensor([e.terms for e in kept])
     rows = pool.take(torch.tensor([e.path for e in kept]))
     rows = replace(rows, terms={f: v[terms] for f, v in pool.terms.items()}, behaviour={})
-    return _Shelf(_trimmed(rows), tuple(entries), tuple(e.log_gamma for e in kept), tuple(e.step for e in kept))
+    return Shelf(trimmed(rows), tuple(entries), tuple(e.log_gamma for e in kept), tuple(e.step for e in kept))
 
 
-def _trimmed(rows: Rollouts) -> Rollouts:
-    """The rows, no wider than the longest of them."""
-    t = int(rows.n.max()) if len(rows) else 0
-    width = {f: t + 1 if f in ("can_stop", "log_stop", "log_b") else t for f in ROWS if getattr(rows, f).dim() > 1}
-    terms = {f: v[:, : t + 1] if v.dim() > 1 else v for f, v in rows.terms.items()}
-    return replace(rows, **{f: getattr(rows, f)[:, :w] for f, w in width.items()}, terms=terms)
+# -- what people wrote ------------------------------------------------------------------------------------------------
 
 
-def _no_rows() -> Rollouts:
-    long, real = torch.zeros(0, dtype=torch.long), torch.zeros(0, 1)
-    return Rollouts(problem=long, moves=long[:, None][:, :0], kind=torch.zeros(0, 0, dtype=torch.int8), n=long, stop=long,
-                    can_stop=real.bool(), log_q=real[:, :0], log_stop=real[:, :, None], log_b=real,
-                    log_pb=real[:, :0], behaviour={"source": "replay"})  # fmt: skip
+@torch.no_grad()
+def written(policy: Policy, problem: int, ids: Sequence[Sequence[int]], stop: int = 0) -> Rollouts:
+    """Latents that somebody wrote, as rows of the policy's space: what a buffer may start from.
+
+    Each is replayed move by move against the space's menus; ``log_q`` and ``log_b`` are the policy's score of it.
+
+    Args:
+        policy: whose space and log q.
+        problem: the problem they answer.
+        ids: the moves of each latent, without the stop (with what a tool puts in, where the space has one).
+        stop: which stop follows; 0 for a forced one.
+
+    Raises:
+        InputError: the first move that is not legal, a latent over the length limit, or one that may not stop there.
+    """
+    space, base = policy.space, policy.base if isinstance(policy, GuidedPolicy) else policy
+    if not ids:
+        raise InputError("no latents to replay; give at least one sequence of token ids")
+    lm = getattr(base, "lm", None)
+    device = torch.device("cpu") if lm is None else lm.device
+    b, t = len(ids), max(map(len, ids))
+    if t > space.max_moves:
+        i = next(i for i, z in enumerate(ids) if len(z) > space.max_moves)
+        raise InputError(f"latent {i} has {len(ids[i])} moves, over the limit of {space.max_moves}; shorten it, or "
+                         "raise max_tokens")  # fmt: skip
+    n = torch.tensor([len(z) for z in ids], device=device)
+    moves = torch.tensor([[*z, *[0] * (t - len(z))] for z in ids], dtype=torch.long, device=device).view(b, t)
+    inside = torch.arange(t, device=device) < n[:, None]
+    kind = torch.where(inside, FREE, PAD).to(torch.int8)
+    can_stop = torch.zeros(b, t + 1, dtype=torch.bool, device=device)
+    log_pb = torch.zeros(b, t, device=device)
+    rows, s = torch.arange(b, device=device), space.start(torch.full((b,), problem, device=device))
+    for i in range(t + 1):
+        menu = space.menu(s)
+        can_stop[rows, i] = menu.can_stop
+        for j, row in enumerate(rows.tolist()):
+            ends = len(ids[row]) == i
+            fault = _cannot_stop(space, menu, j, i, stop) if ends else _cannot_go(space, menu, j, i, ids[row][i])
+            if fault:
+                raise InputError(f"latent {row} {fault}")
+        on = (n[rows] > i).nonzero().squeeze(1)
+        rows, s = rows[on], space.take(s, on)
+        if not len(rows):
+            break
+        kind[rows, i] = torch.where(menu.must[on] == MUST_MOVE, FORCED, FREE).to(torch.int8)
+        s = space.step(s, moves[rows, i])
+        log_pb[rows, i] = space.log_pb(s).to(log_pb.dtype)
+    return _scored(policy, Rollouts(
+        problem=torch.full((b,), problem, device=device), moves=moves, kind=kind, n=n, stop=torch.full_like(n, stop),
+        can_stop=can_stop, log_q=log_pb, log_stop=log_pb.new_zeros(b, t + 1, space.n_stops),
+        log_b=log_pb.new_zeros(b, t + 1), log_pb=log_pb, behaviour={"source": "written"},
+    ))  # fmt: skip
 
 
-def _layout(rows: Rollouts) -> str:
-    """What must agree for rows to share tensors in a file."""
-    sizes = {f: (v.dim(), str(v.dtype), tuple(v.shape[2:])) for f, v in sorted(rows.terms.items())}
-    sizes |= {f" {f}": (str(getattr(rows, f).dtype), tuple(getattr(rows, f).shape[2:])) for f in ROWS}
-    return repr((sizes, sorted(rows.versions.items())))
+def _scored(policy: Policy, rows: Rollouts) -> Rollouts:
+    """The rows with the policy's log q, which is also taken for the density they came from."""
+    scores, t = policy.score(rows), rows.moves.shape[1]
+    inside = torch.arange(t, device=rows.n.device) < rows.n[:, None]
+    log_q = torch.where(inside, scores.log_q, 0.0)
+    end = at_end(scores.log_stop, rows.n, rows.stop)
+    log_b = torch.cat([log_q, log_q.new_zeros(len(rows), 1)], 1).scatter(1, rows.n[:, None], end[:, None])
+    return replace(rows, log_q=log_q, log_stop=scores.log_stop, log_b=log_b, log_pb=rows.log_pb.to(log_q.dtype))
 
 
-def _shelves_of(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> dict[int, _Shelf]:
-    keys, out = unpack_keys(tensors, meta), {}
-    for g, versions in enumerate(meta["versions"]):
-
-        def under(prefix: str, g: int = g) -> dict[str, Tensor]:
-            head = f"{g}.{prefix}."
-            return {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
-
-        rows = Rollouts(**under("rows"), terms=under("terms"), versions=versions)
-        _check(rows)
-        values, steps = (tensors[f"{g}.{x}"].tolist() for x in ("log_gamma", "steps"))
-        mine, keys = keys[: len(rows)], keys[len(rows) :]
-        held = list(zip(mine, values, steps, strict=True))
-        for p in dict.fromkeys(rows.problem.tolist()):
-            index = (rows.problem == p).nonzero().squeeze(1)
-            out[p] = _Shelf(_trimmed(rows.take(index)), *zip(*(held[i] for i in index.tolist()), strict=True))
-    if keys:
-        raise ValueError(f"{len(keys)} keys too many")
-    return out
+def _cannot_stop(space: Space, menu: Menu, j: int, i: int, stop: int) -> str:
+    """Why row j may not end with this stop after i moves, or nothing."""
+    if not menu.can_stop[j]:
+        return f"may not stop after {i} moves: it is too short for its space, or its stop condition does not hold"
+    if not 0 <= stop < space.n_stops:
+        return f"ends with stop {stop}; give one from 0 to {space.n_stops - 1}"
+    if stop and menu.must[j] == MUST_STOP:
+        return f"is stopped by its space after {i} moves, which is stop 0 and not {stop}"
+    return ""
 
 
-def _check(rows: Rollouts) -> None:
-    b, t = rows.moves.shape[:2]
-    wide = {"kind": t, "log_q": t, "log_pb": t, "can_stop": t + 1, "log_stop": t + 1, "log_b": t + 1}
-    wrong = [f for f in ROWS if len(getattr(rows, f)) != b] + [f for f, v in rows.terms.items() if len(v) != b]
-    wrong += [f for f, w in wide.items() if getattr(rows, f).shape[1] != w]
-    if wrong or (b and not 0 <= int(rows.n.min()) <= int(rows.n.max()) <= t):
-        raise ValueError(f"{', '.join(wrong) or 'n'} does not fit the other tensors")
+def _cannot_go(space: Space, menu: Menu, j: int, i: int, move: int) -> str:
+    """Why row j may not make this move after i moves, or nothing."""
+    if menu.must[j] == MUST_STOP:
+        return f"is over after {i} moves, at its limit or stop condition; leave out what follows"
+    if menu.must[j] == MUST_MOVE and menu.forced is not None:
+        put = int(menu.forced[j])
+        return "" if move == put else f"has {move} as move {i}, where the space puts {put} in"
+    known = menu.legal is None or 0 <= move < menu.legal.shape[1]
+    if menu.legal is None or (known and bool(menu.legal[j, move])):
+        return ""
+    tokenizer = getattr(space, "tokenizer", None)
+    name = f"{move} ({tokenizer.decode([move])!r})" if tokenizer is not None and known else str(move)
+    return f"has {name} as move {i}, which is not legal; a stop is no move: leave it out and say which with stop="

@@ -11,6 +11,7 @@ from typing import Any
 from retrodict.errors import InputError, nearest
 from retrodict.objectives.table import OBJECTIVES
 from retrodict.training.collect import Mixture
+from retrodict.training.distance import DISTANCES
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Settings:
         options: keyword arguments of the objective (``lam``, ``beta``, ``clip``).
         steps: gradient steps.
         samples: rows of each problem in a step.
-        problems: problems in a step (all of them, if at most 8, where not given).
+        per_step: problems in a step (all of them, if at most 8, where not given).
         lr, lr_log_z: Adam's step sizes for the policy and for a learned log Z; ``warmup`` steps rise linearly, then a
             cosine falls to ``lr_end`` times lr.
         clip: largest norm of the gradient.
         mixture: what a step's samples are drawn from.
-        capacity, priority, alpha: the replay buffer of each problem, see ``training.replay``.
+        capacity, priority, replay_alpha, distance, tolerance: the replay buffer of each problem, see ``training.replay``.
         reward_temperature: (start, end, steps): gamma^(1/T) with T falling linearly; None for T = 1 throughout.
         micro: rows that run through the model with gradient at once; found from the memory there is by default.
         checkpointing: run layers again in the backward pass: less memory, a third more time.
@@ -40,7 +41,7 @@ class Settings:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 100
     samples: int = 16
-    problems: int | None = None
+    per_step: int | None = None
     lr: float = 1e-3
     lr_end: float = 0.1
     lr_log_z: float = 0.1
@@ -49,7 +50,9 @@ class Settings:
     mixture: Mixture = field(default_factory=Mixture)
     capacity: int = 50
     priority: str = "uniform"
-    alpha: float = 1.0
+    replay_alpha: float = 1.0
+    distance: str | None = None
+    tolerance: float = 0.0
     reward_temperature: tuple[float, float, int] | None = None
     micro: int | None = None
     checkpointing: bool = False
@@ -67,6 +70,8 @@ class Settings:
         for name in ("lr", "lr_log_z", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        if self.distance is not None and self.distance not in DISTANCES:
+            raise InputError(f"unknown distance {self.distance!r}{nearest(self.distance, DISTANCES)}")
         if self.samples % self.shards:
             raise InputError(f"samples {self.samples} do not divide into {self.shards} shards; give a multiple")
         if self.reward_temperature is not None and not min(self.reward_temperature[:2]) > 0:

@@ -51,9 +51,10 @@ def push(
         try:
             return _push(policy, loss_of, rollouts, log_gamma, log_norm, micro, world)
         except torch.cuda.OutOfMemoryError:
-            if micro == 1:
+            if micro == 1 or world.size > 1:  # the others cannot know of it, and wait
                 raise
         micro = -(-micro // 2)
+        policy.settle()  # clears what half a backward pass left behind
         torch.cuda.empty_cache()
         for p, g in zip(policy.parameters().values(), before, strict=True):
             p.grad = g
@@ -72,18 +73,26 @@ def _push(policy, loss_of, rollouts, log_gamma, log_norm, micro, world) -> Pushe
     whole = world.scores(part)
     log_q = torch.cat([x.log_q for x in whole]).detach().requires_grad_()
     log_stop = torch.cat([x.log_stop for x in whole]).detach().requires_grad_()
-    loss, metrics = loss_of(Scores(log_q, log_stop, log_norm=log_norm), rollouts, log_gamma)
+    for name, x in (("log q", log_q), ("log q of a stop", log_stop), ("log gamma", log_gamma)):
+        if bool((x.isnan() | (x == math.inf)).any()):
+            raise FloatingPointError(f"{name} is NaN or infinite")
+    norm = None if log_norm is None else log_norm.detach().requires_grad_()
+    loss, metrics = loss_of(Scores(log_q, log_stop, log_norm=norm), rollouts, log_gamma)
     if not math.isfinite(float(loss.detach())):
         raise FloatingPointError(f"the loss is {float(loss.detach())}")
     loss.backward()
-    grads = [(torch.zeros_like(x) if x.grad is None else x.grad)[mine] for x in (log_q, log_stop)]
-    if not all(bool(g.isfinite().all()) for g in grads):
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in (log_q, log_stop)]
+    if not all(bool(g.isfinite().all()) for g in grads):  # of all rows: every process must say the same
         raise FloatingPointError("the derivative of the loss by log q is not finite")
+    grads = [g[mine] for g in grads]
     for i, r in enumerate(rows):
         part = live[i] if live else policy.score(trim(here.take(r)), grad=True)
         t = part.log_q.shape[1]
         torch.autograd.backward([part.log_q, part.log_stop], [grads[0][r, :t], grads[1][r, : t + 1]])
+        policy.settle()
     world.sum_gradients(policy.parameters().values())
+    if log_norm is not None and norm is not None and norm.grad is not None:  # last: a pass that failed left no trace
+        log_norm.backward(norm.grad)
     return Pushed(float(loss.detach()), metrics, Scores(log_q.detach(), log_stop.detach()), micro)
 
 

@@ -21,6 +21,7 @@ import torch
 
 from retrodict.errors import InputError, MissingExtra, nearest
 from retrodict.models.hf.gguf import convert, digest, quiet, smollm2_gguf
+from retrodict.models.hf.shapes import PREFIX, random_model
 from retrodict.models.hf.tokens import HFTokenizer, first_line
 from retrodict.protocols import LanguageModel
 
@@ -99,7 +100,7 @@ def materialise(name: Name, adapter: Adapter = None, dtype: str | torch.dtype = 
     if isinstance(name, (str, os.PathLike)):
         place = pick_device(device)
         kind, note = pick_dtype(dtype, place)
-        module, tok, label = _load(name, kind)
+        module, tok, label = _load(name, kind, place)
         module.to(place)
         module.requires_grad_(False)
     else:
@@ -186,9 +187,11 @@ def _spell(dtype: torch.dtype) -> str:
 # -- where the model comes from -----------------------------------------------------------------------------------
 
 
-def _load(name: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Any, Any, str]:
+def _load(name: str | os.PathLike[str], dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, str]:
     """Module, tokenizer and label of a name that is no pair."""
     text = os.fspath(name)
+    if text.startswith(PREFIX):
+        return *random_model(text, dtype, device), text
     path = Path(text).expanduser()
     if text in LOCAL:
         return *_pretrained(convert(smollm2_gguf()), dtype, text), text

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retrodict.errors import InputError, nearest
 from retrodict.models.cached import CachedLM
-from retrodict.models.decoder import Decoder
+from retrodict.models.decoder import Decoder, LowRank, refresh, settle
 from retrodict.models.hf.adapters import Held, grow, save
 from retrodict.models.hf.adopt import adopt, adoptable, attach
 from retrodict.models.kv import KVCache
@@ -90,8 +90,14 @@ class HFModel(CachedLM):
 
     # -- training an adapter -------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, rank: int = 16, alpha: float | None = None, targets: str | list[str] = "all-linear",
-                    seed: int = 0) -> HFModel:  # fmt: skip
+    def add_adapter(
+        self,
+        name: str,
+        rank: int = 16,
+        alpha: float | None = None,
+        targets: str | list[str] = "all-linear",
+        seed: int = 0,
+    ) -> HFModel:
         """A view with a new trainable LoRA adapter, which starts as the base: B = 0. See ``hf.adapters.grow``."""
         grow(self._held, name, rank, alpha, targets, seed)
         if self.decoder is not None:
@@ -111,10 +117,17 @@ class HFModel(CachedLM):
         """After the adapter's tensors changed: decoding follows them, and the version moves."""
         assert self.adapter is not None
         self._held.updates[self.adapter] = self._held.updates.get(self.adapter, 0) + 1
-        for layer in self.decoder.w.layers if self.decoder is not None else ():
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                if self.adapter in linear.lora:
-                    linear.lora[self.adapter].refresh()
+        refresh(self._low_rank())
+
+    def settle(self) -> None:
+        """After a backward pass: gradients reach the adapter's own tensors."""
+        settle(self._low_rank())
+
+    def _low_rank(self) -> list[LowRank]:
+        """The fused form of this view's adapter; nothing where the module itself runs."""
+        layers = self.decoder.w.layers if self.decoder is not None else ()
+        fused = [x for layer in layers for x in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return [x.lora[self.adapter] for x in fused if self.adapter in x.lora]
 
     def checkpoint_activations(self, on: bool) -> None:
         """Whether layers are run again in the backward pass, which saves memory and costs a third more time."""

@@ -1,0 +1,1 @@
+"""Tasks: small open data made here, larger data by path, prompts, problems and their evaluation."""
