@@ -2,6 +2,7 @@
 
     <!-- figure: FILE ; PATH ; FORMAT -->...<!-- /figure -->    one number: the keys that lead to it, joined by /
     <!-- figures: FILE ; WORDS -->...<!-- /figures -->          the rows of a suite whose name contains WORDS
+    <!-- pivot: FILE ; METRIC -->...<!-- /pivot -->            one metric: a row for each method, a column for each name
     <!-- tally: FILE -->...<!-- /tally -->                      how many rows of a suite have a bar, and hold
 
 A file that is not there leaves "not measured yet": nothing on a page is typed in by hand. ``docs/check.py`` fails
@@ -18,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = re.compile(r"(<!-- (figure|figures|tally): ([^>]*?) -->).*?(<!-- /\2 -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (figure|figures|pivot|tally): ([^>]*?) -->).*?(<!-- /\2 -->)", re.DOTALL)
 COLUMNS = ("name", "method", "metric", "value", "bar", "holds")
 
 
@@ -68,6 +69,18 @@ def table(name: str, words: str = "") -> str:
     return "\n".join(f"| {line} |" for line in lines) + f"\n\n({_made(data)})"
 
 
+def pivot(name: str, metric: str) -> str:
+    """One metric of a suite, methods by names."""
+    data = read(name)
+    found = {(r["method"], r["name"]): r for r in (data or {}).get("rows", []) if r["metric"] == metric}
+    if not found:
+        return _missing(name)
+    methods, names = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 1))
+    lines = [" | ".join(["method", *names]), "|".join("---" for _ in ["method", *names])]
+    lines += [" | ".join([m, *(_cell(found.get((m, n), {}), "value") for n in names)]) for m in methods]
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\n({_made(data)})"
+
+
 def tally(name: str) -> str:
     """How many rows of a suite have a bar, and how many of those hold."""
     data = read(name)
@@ -85,7 +98,8 @@ def filled(page: Path) -> str:
         told = [x.strip() for x in mark[3].split(";")]
         if mark[2] == "figure":
             return f"{mark[1]}{number(*told)}{mark[4]}"
-        return f"{mark[1]}\n{(table if mark[2] == 'figures' else tally)(*told)}\n{mark[4]}"
+        made = {"figures": table, "pivot": pivot, "tally": tally}[mark[2]](*told)
+        return f"{mark[1]}\n{made}\n{mark[4]}"
 
     return MARK.sub(write, page.read_text(encoding="utf-8"))
 

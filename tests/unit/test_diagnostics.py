@@ -41,9 +41,12 @@ from retrodict.diagnostics import (
     z_score,
     zero_share,
 )
+from retrodict.diagnostics.weights import stage_variance
 from retrodict.errors import InputError
-from retrodict.numerics import jackknife_log_mean, log_mean_exp
+from retrodict.numerics import ess, jackknife_log_mean, log_mean_exp
 from retrodict.rng import generator
+from retrodict.samplers.smc import smc
+from retrodict.testing.targets import cases
 
 D = torch.float64
 
@@ -164,8 +167,22 @@ def test_log_z_interval_covers_where_the_jackknife_does_not():
         assert sd < 1 or cover > plain + 0.02  # the log of the mean sits too low, and its error is too small
     assert log_z_interval(torch.tensor([1.0])) == (-math.inf, math.inf)
     assert log_z_interval(torch.tensor([1.0, -math.inf])) == (-math.inf, math.inf)
-    same = log_z_interval(torch.full((5,), 2.0))
-    assert same == (2.0, 2.0)
+    same = torch.full((5,), 2.0)
+    assert log_z_interval(same) == (2.0, 2.0)
+    low, high = log_z_interval(same, within=0.25)  # runs that agree by chance are not trusted beyond their weights
+    assert low < 2.0 < high and high - low > 2 * 0.5 / math.sqrt(5)
+
+
+def test_stage_variance_is_the_spread_of_runs():
+    target = next(c.target for c in cases() if c.name == "short words")
+    for n in (16, 64):
+        runs = 600
+        p = smc(target, n=n, seed=1, runs=runs, ess_threshold=0.9)
+        assert p.log_z is not None and p.trace.ess is not None and p.trace.resampled is not None
+        told = stage_variance(p.trace.ess, p.trace.resampled, ess(p.log_w[0].view(runs, -1)), n)
+        assert 0.5 < float(told.mean() / p.log_z.var()) < 1.5
+        last = stage_variance(p.trace.ess[:0], p.trace.resampled[:0], ess(p.log_w[0].view(runs, -1)), n)
+        assert float(last.mean()) < 0.8 * float(told.mean()), "planted: earlier stages forgotten"
 
 
 def test_t_quantile_is_scipys():

@@ -14,6 +14,7 @@ import torch
 
 from retrodict.bench.reference import PROMPTS, TOKENS, read, short_words_target
 from retrodict.bench.rows import Row, at_least, at_most, show_only
+from retrodict.bench.step import seven, subtb_cpu, subtb_gpu
 from retrodict.models.load import load
 from retrodict.models.tiny import random_weights
 from retrodict.particles import Particles
@@ -182,8 +183,10 @@ def run(seeds: int = 10, quick: bool = False) -> list[Row]:
     try:
         lm = load("smollm2", dtype="float32")
         rows = constrained(lm, 3 if quick else 5) + prefix_rewards(lm, 1 if quick else 2)
-        torch.set_num_threads(threads)  # accuracy does not depend on threads
         rows += accuracy(lm, 2 if quick else seeds)
-        return rows + (sampling() if torch.cuda.is_available() else [])
+        torch.set_num_threads(threads)
+        if not torch.cuda.is_available():
+            return rows + subtb_cpu(1 if quick else 3) + seven("random:tiny", 4, "cpu")
+        return rows + sampling() + subtb_gpu() + seven()
     finally:
         torch.set_num_threads(threads)

@@ -66,7 +66,8 @@ def textbook(run: Run, samples: int, seed: int = 0) -> tuple[float, int]:
     assert isinstance(policy, Amortized)
     lm: Any = policy.lm
     module, device = lm.module, lm.device
-    space, problem, tokens = target.space, target.problems[0], 0
+    problem, tokens = target.problems[0], 0
+    space: Any = target.space
     stop, legal = space.stops.ids[0], space.legal_ids(device)
     gen = generator(seed, device)
     began = time.perf_counter()

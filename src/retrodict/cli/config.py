@@ -52,7 +52,9 @@ class Config:
     """Every key. ``None``: not given, so the target's or sampler's own default holds."""
 
     model: str = _key("model", values.TEXT, "smollm2, a hub id, a folder or a GGUF file", "smollm2")
-    adapter: str | None = _key("model", values.TEXT, "folder of a PEFT adapter to view the model through")
+    adapter: str | None = _key(
+        "model", values.TEXT, "folder of a PEFT adapter to view the model through; train: to start from"
+    )
     dtype: str = _key("model", values.choice(_dtypes, "DTYPE"), "auto, float32, bfloat16, ...", "auto")
     device: str = _key("model", values.TEXT, "auto (a GPU where there is one), cpu, cuda", "auto")
 
@@ -308,7 +310,7 @@ def _unused(command: str, given: Mapping[str, Any], kind: Kind, config: Config, 
 # -- what the target is called with ---------------------------------------------------------------------------------
 
 
-def _arguments(kind: Kind, config: Config, source: Source) -> dict[str, Any]:
+def _arguments(kind: Kind, config: Any, source: Source) -> dict[str, Any]:
     """Keys of the target with their values, defaults filled in; what cannot be is refused."""
     for key in kind.keys:
         if key not in FIELDS:
@@ -344,7 +346,7 @@ def _arguments(kind: Kind, config: Config, source: Source) -> dict[str, Any]:
     return args
 
 
-def _factors(config: Config, source: Source) -> list[Any]:
+def _factors(config: Any, source: Source) -> list[Any]:
     """The factors to multiply in, made and checked."""
     from retrodict.targets.constraint import short_words, with_words
     from retrodict.targets.verifier import verifier

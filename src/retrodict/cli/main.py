@@ -195,7 +195,7 @@ class Report:
     """Build report.html from a run folder again; needs no model."""
 
     folder: tyro.conf.Positional[str] = ""
-    """a folder that sample or compare wrote"""
+    """a folder that demo, sample, train or compare wrote"""
 
 
 def _report(command: str, words: list[str]) -> int:
@@ -203,7 +203,7 @@ def _report(command: str, words: list[str]) -> int:
 
     folder = parse(Report, command, words, ["folder"]).folder
     if not folder:
-        raise InputError("report: which run folder? give one that sample or compare wrote, such as runs/infill-001")
+        raise InputError("report: which run folder? give one that a command wrote, such as runs/infill-001")
     print(write(folder))
     return 0
 

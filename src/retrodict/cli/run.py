@@ -35,6 +35,8 @@ def execute(command: str, plan: Plan) -> int:
     config = plan.config
     with _spinner(f"loading {config.model}"):
         lm = door.load(config.model, adapter=config.adapter, dtype=config.dtype, device=config.device)
+        if config.adapter is not None:
+            lm: Any = lm.view("default")  # pyright: ignore[reportAttributeAccessIssue]
     target = build(plan.kind, lm, plan.arguments, plan.data, plan.factors)
     exact: Rollouts | None = None
     if config.simulated is not None:

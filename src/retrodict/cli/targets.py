@@ -19,7 +19,7 @@ from retrodict.protocols import LanguageModel
 from retrodict.targets import ready
 from retrodict.targets.algebra import Target
 from retrodict.targets.problems import TextProblem, problems
-from retrodict.tasks import infilling
+from retrodict.tasks import arithmetic_train, continuation, infilling
 
 NOT_KEYS = frozenset({"lm", "data", "name", "verifier", "target", "policy", "seed", "start", "on_step"})
 """Parameters that are no keys of a recipe under their own name."""
@@ -61,6 +61,8 @@ TARGETS: dict[str, Kind] = {
     "scored": Kind(ready.continuation, ("prompt", "verifier")),
     "posterior": Kind(ready.posterior, ("problems", "context"), extra=POSTERIOR),
     "stories": Kind(infilling.target, held_out=infilling.held_out),
+    "arithmetic": Kind(arithmetic_train.recipe),
+    "sentences": Kind(continuation.recipe),
 }
 
 

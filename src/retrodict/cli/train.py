@@ -7,6 +7,7 @@ weight is loaded; ``--resume RUN`` goes on with a run folder and takes no other 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ from retrodict.cli.run import _console, _print_comparison, _progress, _spinner, 
 from retrodict.cli.targets import TARGETS, build, kind_of, questions
 from retrodict.errors import InputError, nearest
 from retrodict.models import load as door
-from retrodict.objectives.table import OBJECTIVES
+from retrodict.objectives.table import NEED_PREFIXES, OBJECTIVES, WITH_LOG_Z
+from retrodict.policies.amortized import SEES
 from retrodict.records import Rollouts
 from retrodict.report.compare import compare
 from retrodict.report.run import RunFolder, environment
 from retrodict.targets.algebra import Target
 from retrodict.targets.simulate import simulate
-from retrodict.training.amortize import amortize, grow
+from retrodict.training.amortize import amortize, grow, load_policy
 from retrodict.training.distance import DISTANCES
 from retrodict.training.settings import Settings, settings
 
@@ -105,6 +107,14 @@ TRAIN: dict[str, Key] = {
 }  # fmt: skip
 SHARED = {k: f for k, f in FIELDS.items() if f.metadata["group"] in ("model", "target", "run") and k != "batch"}
 OPTIONS = {"subtb": {"lam": "lam"}} | dict.fromkeys(("reinforce", "rloo", "grpo", "ppo"), {"entropy": "beta"})
+NEEDS = (("temperatures", "tempered"), ("epsilon", "tempered"), ("capacity", "replay"), ("priority", "replay"),
+         ("tolerance", "replay"), ("distance", "tolerance"), ("replay_alpha", "replay"),
+         ("held_out", "simulated"))  # fmt: skip
+"""Keys that nothing reads unless the other is given."""
+ADAPTER = {"rank", "lora_alpha", "lora_targets"}
+"""Keys of a new adapter."""
+SIMULATED = ("infill", "posterior", "stories")
+"""Targets that have a Y, which the model can write itself."""
 
 
 def flags() -> Any:
@@ -156,18 +166,24 @@ def plan(recipe: str | None, given: Mapping[str, Any], resumed: Path | None = No
     _unused(found, kind, keys, source)
     arguments = config._arguments(kind, keys, source)
     s = _settings(keys, source)
-    if keys.sees == "xy" and "evidence" in kind.keys and not keys.evidence:
-        raise InputError(f"{source.at('sees')}: there is no evidence for q to read; give evidence, or sees: x")
-    resolved = {k: x for k in (*SHARED, *TRAIN) if (x := getattr(keys, k)) is not None and (k in found or k in TRAIN)}
+    _sees(keys, kind, source)
+    idle = {k for k, needs in NEEDS if not getattr(keys, needs)} | (ADAPTER if keys.adapter else set())
+    idle |= set() if keys.objective in ("auto", *WITH_LOG_Z) else {"lr_log_z"}
+    told = {k: getattr(keys, k) for k in (*SHARED, *TRAIN) if k in found or k in TRAIN}
+    resolved = {k: x for k, x in told.items() if x is not None and (k in found or k not in idle)}
     resolved |= {k: getattr(keys, k) for k in ("model", "dtype", "device", "seed", "out")} | dict(arguments)
     resolved["name"] = keys.name or (Path(recipe).stem if recipe else keys.target.rpartition(":")[2])
     config.writable(keys.out, source.at("out"))
+    if keys.adapter and not (Path(keys.adapter).expanduser() / "adapter_config.json").is_file():
+        raise InputError(f"{source.at('adapter')}: no adapter in {keys.adapter!r}: a PEFT folder with "
+                         "adapter_config.json is needed")  # fmt: skip
     return TrainPlan(keys, kind, arguments, questions(arguments), config._factors(keys, source), s,
                      {"command": "train"} | resolved, resumed)  # fmt: skip
 
 
 def _unused(found: Mapping[str, Any], kind: Any, keys: Any, source: Source) -> None:
-    """Refuse keys that nothing will read."""
+    """Refuse keys that nothing will read, and those that contradict each other."""
+    trained = [keys.objective, *(keys.baselines or ())]
     for key in found:
         at = source.at(key)
         if key in SHARED and SHARED[key].metadata["group"] == "target":
@@ -175,15 +191,39 @@ def _unused(found: Mapping[str, Any], kind: Any, keys: Any, source: Source) -> N
                 raise InputError(f"{at} is unused: the target {keys.target!r} reads {', '.join(kind.keys)}; remove it")
         if key.startswith("verifier_") and keys.verifier is None:
             raise InputError(f"{at} is unused without 'verifier'; name one (my.module:fn), or remove it")
-        if key in ("lam", "entropy") and key not in OPTIONS.get(keys.objective, {}):
-            raise InputError(f"{at} is unused by the objective {keys.objective}; remove it")
-    for key, needs in (("temperatures", "tempered"), ("epsilon", "tempered"), ("capacity", "replay"),
-                       ("priority", "replay"), ("tolerance", "replay"), ("distance", "tolerance"),
-                       ("replay_alpha", "replay"), ("held_out", "simulated")):  # fmt: skip
+        if key in ("lam", "entropy") and not any(key in OPTIONS.get(x, {}) for x in trained):
+            raise InputError(f"{at} is unused by {' and '.join(trained)}; remove it")
+        if key == "lr_log_z" and not {"auto", *WITH_LOG_Z} & set(trained):
+            raise InputError(f"{at} is unused by {' and '.join(trained)}, which learn no log Z; remove it")
+        if key in ADAPTER and keys.adapter:
+            raise InputError(f"{at} is unused with 'adapter', which has its own; remove one")
+    for key, needs in NEEDS:
         if key in found and not getattr(keys, needs):
             raise InputError(f"{source.at(key)} is unused without {needs!r}; give it, or remove {key!r}")
-    if keys.baselines and (bad := [b for b in keys.baselines if b not in OBJECTIVES]):
-        raise InputError(f"{source.at('baselines')}: unknown objective {bad[0]!r}{nearest(bad[0], OBJECTIVES)}")
+    for name in keys.baselines or ():
+        if name not in OBJECTIVES:
+            raise InputError(f"{source.at('baselines')}: unknown objective {name!r}{nearest(name, OBJECTIVES)}")
+        if name == keys.objective:
+            raise InputError(f"{source.at('baselines')}: {name!r} is the objective itself; remove it there")
+    if keys.simulated is not None and (keys.target not in SIMULATED or any(k in found for k in config.FACTORS)):
+        raise InputError(f"{source.at('simulated')}: only {', '.join(SIMULATED)} without further factors can be "
+                         "simulated")  # fmt: skip
+    alone = ("auto", "tb", "mle", *NEED_PREFIXES)
+    if keys.samples < 2 and (bad := [x for x in trained if x not in alone]):
+        raise InputError(
+            f"{source.at('samples')}: {bad[0]} compares samples of one problem; give at least 2, or use tb"
+        )
+
+
+def _sees(keys: Any, kind: Any, source: Source) -> None:
+    """Refuse a template that holds no X, and a Y to read where there is none."""
+    if keys.sees not in SEES and "{context}" not in keys.sees:
+        raise InputError(f"{source.at('sees')}: {keys.sees!r} is neither {' nor '.join(SEES)}, nor a template with "
+                         "{context} in it")  # fmt: skip
+    reads = "{evidence}" in str(SEES.get(keys.sees, keys.sees))
+    told = keys.target in SIMULATED or ":" in keys.target
+    if reads and (not told or "evidence" in kind.keys and not (keys.evidence or keys.simulated)):
+        raise InputError(f"{source.at('sees')}: there is no evidence for q to read; give evidence, or sees: x")
 
 
 def _settings(keys: Any, source: Source, objective: str | None = None) -> Settings:
@@ -218,6 +258,9 @@ def run(words: Sequence[str], parse: Any) -> int:
     told = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     if told.pop("command", "") != "train":
         raise InputError(f"train: {folder} was not written by retrodict train")
+    status = folder / "status.json"
+    if status.is_file() and json.loads(status.read_text(encoding="utf-8")).get("status") == "complete":
+        raise InputError(f"train: {folder} is complete; train longer in a new folder, with more steps")
     return execute(plan(None, told, folder))
 
 
@@ -225,7 +268,7 @@ def execute(p: TrainPlan) -> int:
     """Train, compare with prior and baselines, save the adapter and the page."""
     keys = p.keys
     with _spinner(f"loading {keys.model}"):
-        lm: Any = door.load(keys.model, adapter=keys.adapter, dtype=keys.dtype, device=keys.device)
+        lm: Any = door.load(keys.model, dtype=keys.dtype, device=keys.device)
     target = build(p.kind, lm, p.arguments, p.data, p.factors)
     held, exact = _simulated(p, lm, target)
     target = held.pop("train", target)
@@ -279,8 +322,12 @@ def _train(p: TrainPlan, target: Target, folder: RunFolder, name: str) -> Any:
     source = Source(None, frozenset())
     s = p.settings if name == keys.objective else _settings(keys, source, name)
     where = folder.path / "training" / name
-    policy = grow(target, sees=keys.sees, rank=keys.rank, alpha=keys.lora_alpha,
-                  targets=keys.lora_targets or "all-linear", seed=keys.seed, name=re.sub(r"\W", "_", name))  # fmt: skip
+    if keys.adapter:
+        policy = load_policy(target, keys.adapter, keys.sees)
+    else:
+        targets, label = keys.lora_targets or "all-linear", re.sub(r"\W", "_", name)
+        policy = grow(target, sees=keys.sees, rank=keys.rank, alpha=keys.lora_alpha, targets=targets, seed=keys.seed,
+                      name=label)  # fmt: skip
     console = _console()
     with _progress(name) as on_step:
 
@@ -290,7 +337,7 @@ def _train(p: TrainPlan, target: Target, folder: RunFolder, name: str) -> Any:
             if (m["step"] + 1) % every == 0:
                 console.print(line(m), markup=False)
 
-        return amortize(target, policy, plan=s, folder=where, resume=(where / "checkpoint.json").is_file(),
+        return amortize(target, policy, plan=s, folder=where, resume=p.folder is not None,
                         save_every=keys.save_every, on_metrics=told)  # fmt: skip
 
 

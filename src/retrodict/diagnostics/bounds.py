@@ -162,19 +162,20 @@ def log_evidence(log_z: Float[Tensor, " r"]) -> Bound:
     return Bound(float(value), float(se) if math.isfinite(float(se)) else math.inf, x.numel(), "estimate")
 
 
-def log_z_interval(log_z: Float[Tensor, " r"], level: float = 0.95) -> tuple[float, float]:
+def log_z_interval(log_z: Float[Tensor, " r"], level: float = 0.95, within: float = 0.0) -> tuple[float, float]:
     """Interval of log Z from r independent unbiased estimates Z-hat, by their log-normal limit.
 
     log Z-hat of SMC tends to N(log Z - s^2/2, s^2) (Berard, Del Moral and Doucet 2014, arXiv:1307.0181), so log Z is
     centred on mean + s^2/2, with error (s^2/r + s^4 / (2 (r - 1)))^1/2 and Student's quantile (Cox's interval; Zhou and
-    Gao 1997). The log of the mean with a jackknife error agrees where s is small and is too narrow where it is not.
-    Heavier tails than the log-normal's still escape it. One run, or one whose Z-hat is 0, bounds nothing.
+    Gao 1997). s^2 is the variance over runs, but never less than ``within``, what the runs' own weights say of it:
+    a few runs that agree by chance are no reason for trust. Tails heavier than the log-normal's still escape it. One
+    run, or one whose Z-hat is 0, bounds nothing.
     """
     x = _check("log_z", log_z, 1).reshape(-1)
     r = x.numel()
     if r < 2 or not bool(x.isfinite().all()):
         return -math.inf, math.inf
-    s2 = float(x.var())
+    s2 = max(float(x.var()), within)
     middle = float(x.mean()) + s2 / 2
     half = t_quantile(r - 1, level) * math.sqrt(s2 / r + s2 * s2 / (2 * (r - 1)))
     return middle - half, middle + half

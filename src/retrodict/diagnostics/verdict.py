@@ -18,7 +18,15 @@ from torch import Tensor
 from retrodict.diagnostics.bounds import log_z_interval, t_quantile
 from retrodict.diagnostics.chains import chain_ess, split_rhat
 from retrodict.diagnostics.divergence import normalised, total_variation, tv_bound
-from retrodict.diagnostics.weights import max_share, pareto_k, pareto_threshold, weight_se, zero_share
+from retrodict.diagnostics.weights import (
+    ess,
+    max_share,
+    pareto_k,
+    pareto_threshold,
+    stage_variance,
+    weight_se,
+    zero_share,
+)
 from retrodict.errors import InputError
 from retrodict.numerics import jackknife_log_mean
 from retrodict.particles import Particles
@@ -146,13 +154,26 @@ def _numbers(p: Particles, q: int, limit: int | None) -> dict[str, Any]:
         roots = t.roots.view(p.m, -1)[q].sort().values
         x["roots"] = int(roots[(len(roots) - 1) // 2])
     if p.log_z is not None:
-        x |= _evidence(p.log_z[q].double().cpu(), log_w, x)
+        x |= _evidence(p.log_z[q].double().cpu(), log_w, x, _within(p, q))
     else:
         x |= _mixing(p, q)
     return x
 
 
-def _evidence(log_z: Tensor, log_w: Tensor, x: Mapping[str, Any]) -> dict[str, Any]:
+def _within(p: Particles, q: int) -> float:
+    """Variance of log Z-hat that the weights of a problem's runs show by themselves, averaged over runs; SMC only."""
+    t = p.trace
+    if p.log_z is None or t.ess is None or t.resampled is None or not t.ess.numel():
+        return 0.0
+    count = p.log_z.shape[1]
+    runs = slice(q * count, (q + 1) * count)
+    log_w = p.log_w[q].view(count, -1).double().cpu()
+    if t.ess.shape[1] != p.m * count or log_w.shape[1] < 2:
+        return 0.0
+    return float(stage_variance(t.ess[:, runs].cpu(), t.resampled[:, runs].cpu(), ess(log_w), log_w.shape[1]).mean())
+
+
+def _evidence(log_z: Tensor, log_w: Tensor, x: Mapping[str, Any], within: float) -> dict[str, Any]:
     runs = len(log_z)
     value, se = (float(v) for v in jackknife_log_mean(log_z))
     if x["method"] in EXACT:
@@ -161,7 +182,7 @@ def _evidence(log_z: Tensor, log_w: Tensor, x: Mapping[str, Any]) -> dict[str, A
         se = weight_se(log_w)
     se = se if math.isfinite(se) else math.inf
     half = t_quantile(len(log_w) - 1, 0.95) * se if runs == 1 and 0 < se < math.inf else se
-    low, high = (value - half, value + half) if runs == 1 or se == 0 else log_z_interval(log_z)
+    low, high = (value - half, value + half) if runs == 1 or se == 0 else log_z_interval(log_z, within=within)
     sd = float(log_z.std()) if runs > 1 and bool(log_z.isfinite().all()) else None
     sd = math.inf if runs > 1 and sd is None and math.isfinite(value) else sd
     share = float(torch.softmax(log_z, 0).max()) if runs > 1 and math.isfinite(value) else None

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from retrodict.numerics import ess, normalise
 
-__all__ = ["ess", "max_share", "pareto_k", "pareto_threshold", "weight_se", "zero_share"]
+__all__ = ["ess", "max_share", "pareto_k", "pareto_threshold", "stage_variance", "weight_se", "zero_share"]
 
 
 TIE = 1e-6
@@ -38,6 +38,20 @@ def weight_se(log_w: Float[Tensor, " k"]) -> float:
     """
     k, size = log_w.numel(), float(ess(log_w.double()))
     return math.sqrt(max(k / size - 1, 0.0) / (k - 1)) if size > 0 and k > 1 else math.inf
+
+
+def stage_variance(
+    ess: Float[Tensor, "step r"], resampled: Bool[Tensor, "step r"], last: Float[Tensor, " r"], k: int
+) -> Float[Tensor, " r"]:
+    """What the weights of each SMC run say of Var(log Z-hat): the sum over stages of (k / ESS - 1) / k.
+
+    Z-hat is a product of mean weights, one a stage between resamplings (``last``: the ESS at the end); each mean has
+    that relative variance by the delta method. Stages are not independent, and what a lost branch would have been worth
+    is in no weight: take it as a floor, not as the variance (Lee and Whiteley 2018, arXiv:1509.00394, for multinomial
+    resampling, have an estimate that is; systematic resampling breaks it).
+    """
+    each = torch.where(resampled, (k / ess.double().clamp_min(1.0) - 1) / k, 0.0)
+    return each.sum(0) + (k / last.double().clamp_min(1.0) - 1) / k
 
 
 def pareto_threshold(k: int) -> float:

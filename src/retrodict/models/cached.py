@@ -68,11 +68,12 @@ class CachedLM:
         block: int,
         cache: KVCache | None,
         visible: Bool[Tensor, "r n T"] | None,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run q = n*block tokens a row: n blocks, causal within a block, blind to the other blocks.
 
         ``visible`` says which of the cache's used columns each block sees. Returns what ``_head`` reads, ``[r, q, .]``,
-        and the new keys and values ``[layer, r, h, q, d]``.
+        and the new keys and values ``[layer, r, h, q, d]`` (nothing of use where ``keep`` is off: it saves their copy).
         """
         raise NotImplementedError  # abstract
 
@@ -149,7 +150,8 @@ class CachedLM:
         self._count(ids[:, 1:])
         block = ids.shape[1] - 1
         steps = torch.arange(block, device=ids.device)
-        x, _, _ = self._run(ids[:, :-1], part.pos[:, None] + steps, block, part, part.valid[:, None, : part.used])
+        seen = part.valid[:, None, : part.used]
+        x, _, _ = self._run(ids[:, :-1], part.pos[:, None] + steps, block, part, seen, keep=False)
         rest = self._log_p(x.flatten(0, 1), ids[:, 1:].flatten())
         return torch.cat([first, rest.view(len(ids), -1)], 1)
 
@@ -211,7 +213,7 @@ class CachedLM:
         cache = KVCache(k[:, at], v[:, at], valid, ids.shape[1], n[at], first)
         pos = n[at, None] + torch.arange(moves.shape[1], device=self.device)
         self._count(moves)
-        return self._run(moves, pos, moves.shape[1], cache, valid[:, None])[0], first
+        return self._run(moves, pos, moves.shape[1], cache, valid[:, None], keep=False)[0], first
 
     def score(
         self,
@@ -341,7 +343,7 @@ class CachedLM:
             part = KVCache(cache.k[:, rows], cache.v[:, rows], cache.valid[rows], cache.used, cache.pos[rows],
                            cache.last[:0]) if len(rows) < cache.rows else cache  # fmt: skip
             self._count(feed)
-            x, _, _ = self._run(feed.flatten(1), pos.flatten(1), y - 1, part, visible)
+            x, _, _ = self._run(feed.flatten(1), pos.flatten(1), y - 1, part, visible, keep=False)
             x = x.view(len(rows), ends.shape[1], y - 1, -1)
             keep = max(skip - 1, 0)  # position k of the block predicts suffix token k+1
             x = x[:, :, keep:]

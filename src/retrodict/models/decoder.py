@@ -26,7 +26,7 @@ from retrodict.numerics import NEG_INF
 class LowRank:
     """An adapter (Hu et al. 2022, LoRA) of the projections that share one fused weight: y += (x A') B'.
 
-    ``a`` and ``b`` are what every pass reads: in the model's dtype, B block-diagonal with the scale folded in. ``parts``
+    ``a`` and ``b`` are what passes read: in the model's dtype, B block-diagonal with the scale folded in. ``parts``
     are the tensors they stand for, one tuple a projection: (A, B, scale, rows of the fused output). Two products a
     weight instead of a dozen small ones: on a GPU launches are what a training step is made of.
     """
@@ -199,6 +199,7 @@ class Decoder(CachedLM):
         block: int,
         cache: KVCache | None,
         visible: Bool[Tensor, "r n T"] | None,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         w = self.w
         x = F.embedding(ids, w.embed)
@@ -213,8 +214,9 @@ class Decoder(CachedLM):
                 x, k, v = again(run, layer, x, cos, sin, old, bias, block, use_reentrant=False)
             else:
                 x, k, v = run(layer, x, cos, sin, old, bias, block)
-            keys.append(k)
-            values.append(v)
+            if keep or i == 0:
+                keys.append(k)
+                values.append(v)
         return rms_norm(x, w.norm, w.eps), torch.stack(keys), torch.stack(values)
 
     def _block(self, layer, x, cos, sin, old, bias, block) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ANN001
@@ -225,7 +227,7 @@ class Decoder(CachedLM):
             a = F.scaled_dot_product_attention(qs.flatten(1, 2), *_repeat(qs, k, v), is_causal=True, scale=w.scale)
             a = a.view(qs.shape)
         else:
-            a = attend(qs, *old, k, v, bias, block, w.scale)
+            a = attend(qs, old[0], old[1], k, v, bias, block, w.scale)
         x = x + layer.out(a.permute(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1), self.adapter)
         return x + self._mlp(layer, rms_norm(x, layer.norm2, w.eps)), k, v
 

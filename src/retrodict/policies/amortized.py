@@ -42,6 +42,11 @@ class Amortized(LMPolicy):
         self.about: dict[str, Any]
 
     @property
+    def reads_evidence(self) -> bool:
+        """Whether q is told what comes after, so that each Y has a posterior of its own to learn."""
+        return self.sees == "xy" or "{evidence}" in self.sees
+
+    @property
     def version(self) -> str:
         """Fingerprint of the weights and of what they read."""
         return f"{self.lm.version}/sees {self.sees}"
@@ -59,7 +64,7 @@ class Amortized(LMPolicy):
         return [made[i] for i in problem.tolist()]
 
     def save(self, folder: str | os.PathLike[str], table: Any = None, recipe: Mapping[str, Any] | None = None) -> None:
-        """A PEFT folder with a card (target, what q sees, bounds, diversity, cost); ``table`` of ``compare`` joins it."""
+        """A PEFT folder with a card: target, what q sees, bounds, diversity, cost, and a table of ``compare``."""
         self.lm.save_adapter(folder)  # pyright: ignore[reportAttributeAccessIssue]
         write_card(folder, self, table, recipe)
 

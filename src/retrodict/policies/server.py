@@ -273,6 +273,8 @@ def _check(server: ServerLM, space: Strings) -> None:
     if space.stops.predicate is not None:
         raise InputError("a server ends a string at a token, not at a condition on its text; use stop='.' or ids, or "
                          "draw with the local policy")  # fmt: skip
+    if space.max_free != space.max_moves:
+        raise InputError("a tool writes into these strings, and a server does not ask it; draw with the local policy")
     if space.limit not in ("force", "own_stop"):
         raise InputError(
             f"limit {space.limit!r} is not drawn by a server; use 'force' or 'own_stop', or the local policy"

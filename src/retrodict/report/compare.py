@@ -28,6 +28,7 @@ COLUMNS: dict[str, str] = {
     "gap": "gap", "min_ess": "min ESS", "distinct": "distinct", "explains": "log p(Y|X,Z)", "seconds": "seconds",
     "best": "best",
 }  # fmt: skip
+SIDES = ("lower", "upper", "gap", "kl_q", "kl_post")
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,7 +36,9 @@ class Comparison:
     """A table, one row a problem and method; numbers in nats, ``*_se`` their standard errors over runs or draws.
 
     ``lower`` is the mean of log Z-hat over runs (or the ELBO of a policy), ``log_z`` the log of the mean, ``upper``
-    needs an exact posterior sample and is ``--`` where there is none; ``gap`` is upper minus lower.
+    needs an exact posterior sample and is ``--`` where there is none; ``gap`` is upper minus lower. For a policy q with
+    both bounds ``kl_q`` = log Z - lower estimates KL(q, posterior) and ``kl_post`` = upper - log Z the other one, with
+    the log Z of the method whose lower bound is the highest; the notes give their means.
     """
 
     rows: list[dict[str, Any]]
@@ -58,8 +61,10 @@ class Comparison:
         sided = {r["problem"] for r in self.rows if r["upper"] is not None}
         for method in dict.fromkeys(r["method"] for r in self.rows):
             mine = [r for r in self.rows if r["method"] == method and (not sided or r["problem"] in sided)]
+            if not mine:  # a policy of one problem among those of others
+                continue
             row: dict[str, Any] = {"problem": f"mean of {len(mine)}", "method": method}
-            for key in ("lower", "log_z", "upper", "gap", "explains", "min_ess", "distinct", "seconds"):
+            for key in (*SIDES, "log_z", "explains", "min_ess", "distinct", "seconds"):
                 values = [r[key] for r in mine if r.get(key) is not None]
                 whole = len(values) == len(mine)
                 row[key] = statistics.fmean(values) if whole else None
@@ -168,11 +173,12 @@ def compare(
     Raises:
         InputError: an entry that is neither particles nor a policy, or particles of another number of problems.
     """
-    rows, drawn = [], {}
+    rows, drawn, policies = [], {}, {}
     for name, method in methods.items():
         policy = None
         if isinstance(method, FiniteStepper):
-            policy, method = method, importance(target, method, n=max(1, n // 4), runs=4, seed=seed)
+            policy = policies[name] = method
+            method = importance(target, policy, n=max(1, n // 4), runs=4, seed=seed)
         if not isinstance(method, Particles):
             raise InputError(f"{name!r} is {type(method).__name__}; compare takes particles or policies")
         if method.m != len(target.problems):
@@ -182,8 +188,35 @@ def compare(
         rows += [_row(target, name, method, p, policy is not None, upper) for p in range(method.m)]
     order = {p: i for i, p in enumerate(dict.fromkeys(r["problem"] for r in rows))}
     rows.sort(key=lambda r: order[r["problem"]])
-    notes = tuple(dict.fromkeys(note for p in drawn.values() for note in p.trace.notes))
-    return Comparison(rows, target.formula, ((target.note,) if target.note else ()) + notes, drawn)
+    _split(rows, policies)
+    table = Comparison(rows, target.formula, particles=drawn)
+    notes = [target.note] if target.note else []
+    notes += dict.fromkeys(note for p in drawn.values() for note in p.trace.notes)
+    notes += [note for name, q in policies.items() if (note := _about(name, q, table, q is target.prior))]
+    return dataclasses.replace(table, notes=tuple(notes))
+
+
+def _split(rows: list[dict[str, Any]], policies: Mapping[str, FiniteStepper]) -> None:
+    """Both KLs of each policy whose bounds are there: lower <= log Z <= upper, and KL(q, post) = log Z - ELBO."""
+    for row in rows:
+        if row["method"] not in policies or row.get("gap") is None:
+            continue
+        told = [r for r in rows if r["problem"] == row["problem"] and r["log_z"] is not None and r["lower"] is not None]
+        log_z = max(told, key=lambda r: r["lower"])["log_z"]
+        row["kl_q"], row["kl_post"] = log_z - row["lower"], row["upper"] - log_z
+
+
+def _about(name: str, policy: FiniteStepper, table: Comparison, prior: bool) -> str:
+    """What a policy reads, and its two divergences from the posterior, in words."""
+    sees = "" if prior else str(getattr(policy, "sees", ""))
+    reads = {"x": "X", "xy": "X and Y"}.get(sees, f"{sees!r}" if sees else "")
+    told = [f"{name} reads {reads}"] if reads else []
+    row = next((r for r in table.mean() if r["method"] == name), None)
+    if row is not None and row["kl_q"] is not None:
+        told.append(f"{'' if told else f'{name}: '}KL(q, posterior) {_cell(row, 'kl_q')} and KL(posterior, q) "
+                    f"{_cell(row, 'kl_post')} nats")  # fmt: skip
+        told[-1] += "" if row["problem"] == "mean of 1" else f", {row['problem']}"
+    return ", ".join(told)
 
 
 def _row(target: Target, name: str, particles: Particles, p: int, policy: bool, upper: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from retrodict.diagnostics.verdict import CARE, RELIABLE, Diagnosis, diagnose
 from retrodict.particles import Particles
 from retrodict.particles_io import names_of, terms_of, write_atomically
 from retrodict.report import svg
+from retrodict.report.learning import learning
 from retrodict.report.page import details, figure, page, table, text, texts
 from retrodict.report.run import Run, read
 from retrodict.report.svg import esc
@@ -57,7 +58,7 @@ def render(run: Run) -> str:
     found = {m: diagnose(p) for m, p in run.methods.items()}
     names = next((names_of(p) for p in run.methods.values()), [])
     title = str(run.config.get("name") or run.config.get("target") or run.path.name)
-    parts = [_head(run, title), _status(run), _verdicts(found), _overview(run, found)]
+    parts = [_head(run, title), _status(run), _verdicts(found, run), _overview(run, found), learning(run.training)]
     told = {str(x.get("name")): x for x in run.problems}
     for q, name in enumerate(names[:SECTIONS]):
         methods = {m: p for m, p in run.methods.items() if q < p.m}
@@ -114,9 +115,9 @@ def _badge(verdict: str) -> str:
     return f'<span class="badge {kind}">{esc(verdict)}</span>'
 
 
-def _verdicts(found: Mapping[str, Diagnosis]) -> str:
+def _verdicts(found: Mapping[str, Diagnosis], run: Run) -> str:
     if not found:
-        return '<p class="soft">No method had finished anything.</p>'
+        return "" if run.training else '<p class="soft">No method had finished anything.</p>'
     items = []
     for method, d in found.items():
         where = f" [{d.numbers[d.verdicts.index(d.verdict)]['name']}]" if len(d.verdicts) > 1 else ""

@@ -9,6 +9,8 @@
     metrics.jsonl          one line a method and problem
     comparison.json        the table of ``compare``, where it was run
     failures.jsonl         texts on which a verifier failed
+    training/NAME/         a trained policy: metrics.jsonl (one line a step), checkpoint, about.json
+    adapter/               the policy as a PEFT folder with its card
     report.html            one self-contained page, made from all of these
 
 Files are written whole or not at all, and after every finished piece of work, so a kill loses at most the piece at
@@ -249,13 +251,15 @@ class Run:
     methods: Mapping[str, Particles]
     comparison: Mapping[str, Any]
     failures: Sequence[Mapping[str, Any]]
+    training: Mapping[str, tuple[Sequence[Mapping[str, Any]], Mapping[str, Any]]] = field(default_factory=dict)
+    """Of each trained policy, its metrics step by step and what it came to."""
 
 
 def read(path: str | os.PathLike[str]) -> Run:
     """Read a run folder; a missing, foreign or damaged one raises InputError with the file's name."""
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"no run folder {str(path)!r}; give one that sample or compare wrote, such as runs/infill-001")
+        raise InputError(f"no run folder {str(path)!r}; give one that a command wrote, such as runs/infill-001")
     if not (path / "config.yaml").is_file():
         inside = sorted(p.name for p in path.iterdir() if (p / "config.yaml").is_file())
         hint = f"; it holds run folders, such as {inside[-1]}" if inside else ""
@@ -268,11 +272,12 @@ def read(path: str | os.PathLike[str]) -> Run:
     if not isinstance(config, dict):
         raise InputError(f"{path / 'config.yaml'} holds no keys")
     files = {p.stem: p for p in sorted((path / "particles").glob("*.safetensors"))}
-    order = [m for m in config.get("sampler") or {} if m in files]
+    order = [m for m in config.get("sampler") or ("prior", "amortized") if m in files]
     methods = {m: Particles.load(files[m]) for m in dict.fromkeys([*order, *files])}
     return Run(
         path, config, _json(path / "environment.json"), _json(path / "status.json"), _jsonl(path / "problems.jsonl"),
         methods, _json(path / "comparison.json"), _jsonl(path / "failures.jsonl"),
+        {p.name: (_jsonl(p / "metrics.jsonl"), _json(p / "about.json")) for p in sorted((path / "training").glob("*"))},
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -247,3 +248,33 @@ def legend(names: Sequence[tuple[str, str]]) -> str:
     """Which colour is whose, as HTML."""
     items = "".join(f'<span><i style="background:{fill}"></i>{esc(name)}</span>' for name, fill in names)
     return f'<p class="legend">{items}</p>'
+
+
+def curves(rows: Sequence[tuple[str, Sequence[tuple[float, float]], str]], x_name: str) -> str:
+    """Noisy series: every point faint, and the mean of those nearby as a line. Nothing where there is no point.
+
+    The scale leaves out the most extreme twentieth at each end, since one wild step would flatten all others.
+    """
+    told = sorted(y for _, line, _ in rows for _, y in line)
+    if not told:
+        return ""
+    cut = len(told) // 20
+    inside = told[cut : len(told) - cut]
+    pad = 0.08 * (inside[-1] - inside[0]) or 0.5
+    low, high = inside[0] - pad, inside[-1] + pad
+    low = max(low, 0.0) if told[0] >= 0 else low
+    start, end = min(line[0][0] for _, line, _ in rows if line), max(line[-1][0] for _, line, _ in rows if line)
+    plot = Plot(210, (start, end if end > start else start + 1), (low, high), left=50)
+    plot.axes(x_name, ticks(*plot.x, 6), ticks(low, high))
+    for name, line, fill in rows:
+        near = max(1, len(line) // 12)
+        mean = [statistics.fmean(y for _, y in line[max(0, i - near) : i + near + 1]) for i in range(len(line))]
+        for x, y in line if len(line) <= 400 else line[:: len(line) // 400]:
+            if low <= y <= high:
+                plot.parts.append(f'<circle cx="{num(plot.px(x))}" cy="{num(plot.py(y))}" r="1.6" fill="{fill}" '
+                                  'opacity=".35"/>')  # fmt: skip
+        smooth = [(x, min(max(m, low), high)) for (x, _), m in zip(line, mean, strict=True)]
+        if len(smooth) > 1:
+            plot.path(smooth, fill, 2)
+        plot.dot(plot.px(smooth[-1][0]), plot.py(smooth[-1][1]), 3.5, fill, f"{name}: {mean[-1]:.2f} at the end")
+    return plot.svg(f"learning curve over {x_name}")

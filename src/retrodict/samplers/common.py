@@ -16,6 +16,7 @@ from retrodict.numerics import NEG_INF, at_end
 from retrodict.particles import Particles
 from retrodict.policies.base import FiniteStepper, rollout
 from retrodict.policies.guided import GuidedPolicy
+from retrodict.protocols import Policy
 from retrodict.records import Rollouts, Trace, cat_rollouts
 from retrodict.targets.algebra import Target
 
@@ -59,10 +60,10 @@ def prior_name(target: Target, policy: FiniteStepper) -> str | None:
     return "prior" if same else None
 
 
-def device_of(target: Target, policy: FiniteStepper | None) -> torch.device:
+def device_of(target: Target, policy: Policy | None) -> torch.device:
     """Where the model is."""
     for p in (policy, target.prior):
-        lm = getattr(base_of(p), "lm", None) if p is not None else None
+        lm = getattr(p.base if isinstance(p, GuidedPolicy) else p, "lm", None)
         if lm is not None:
             return lm.device
     return torch.device("cpu")

@@ -130,12 +130,9 @@ class ToolStrings(Strings):
         free, planned = s.free + (~put).long(), torch.where(put, s.planned, new.n)
         ended = new.ended & (new.n >= planned)  # a predicate waits for the end of the insertion
         tokens = new.tokens
-        for row in (~put & ~ended & self._may_trigger(move)).nonzero().flatten().tolist():
-            n = int(new.n[row])
-            ids = self._answer(self._text(tokens[row, :n].tolist()))
-            if ids and n - int(free[row]) + len(ids) <= self.tool.room:
-                tokens[row, n : n + len(ids)] = torch.tensor(ids, dtype=torch.long, device=tokens.device)
-                planned[row] = n + len(ids)
+        rows = (~put & ~ended & self._may_trigger(move)).nonzero().squeeze(1)
+        if len(rows):
+            planned = planned.index_put((rows,), self._insert(tokens, rows, new.n[rows], free[rows]))
         return ToolState(s.problem, tokens, new.n, ended, free, planned)
 
     def take(self, s: StringState, index: Tensor) -> ToolState:
@@ -172,6 +169,26 @@ class ToolStrings(Strings):
             split = "\ufffd" in text  # a part of a character
             held[i] = split or text.endswith(trigger) or bool(text) and trigger.endswith(text)
         return torch.tensor([held[i] for i in ids], dtype=torch.bool, device=move.device)
+
+    def _insert(
+        self, tokens: Int[Tensor, "b L"], rows: Int[Tensor, " k"], n: Int[Tensor, " k"], free: Int[Tensor, " k"]
+    ) -> Int[Tensor, " k"]:
+        """Write the tool's answers into ``tokens``; gives where each row's insertion ends (n where there is none)."""
+        answers: dict[tuple[int, ...], list[int]] = {}  # rows with one text ask once
+        cells: list[tuple[int, int, int]] = []
+        ends = n.tolist()
+        for i, (row, ids, moved) in enumerate(zip(rows.tolist(), tokens[rows].tolist(), free.tolist(), strict=True)):
+            said = tuple(ids[: ends[i]])
+            if said not in answers:
+                answers[said] = self._answer(self._text(said))
+            answer = answers[said]
+            if answer and len(said) - moved + len(answer) <= self.tool.room:
+                cells += [(row, len(said) + j, x) for j, x in enumerate(answer)]
+                ends[i] += len(answer)
+        if cells:
+            row, column, x = torch.tensor(cells, device=tokens.device).unbind(1)
+            tokens[row, column] = x
+        return torch.tensor(ends, device=n.device)
 
     def _answer(self, text: str) -> list[int]:
         """Ids of the tool's answer to a text, where it ends with the trigger."""

@@ -9,11 +9,12 @@ from typing import Any
 
 from retrodict.errors import InputError
 from retrodict.policies.amortized import Amortized
+from retrodict.policies.card import read_card
 from retrodict.policies.lm import LMPolicy
 from retrodict.protocols import Trainable
 from retrodict.targets.algebra import Target
 from retrodict.training.checkpoint import Keeper
-from retrodict.training.distributed import world
+from retrodict.training.distributed import world_of
 from retrodict.training.loop import OnFailure, Run, begin, evaluate, steps
 from retrodict.training.settings import Settings, settings
 
@@ -34,14 +35,40 @@ def grow(
 
     Raises InputError where the prior is no language model that can take an adapter.
     """
-    prior = target.prior
-    if not isinstance(prior, LMPolicy) or not hasattr(prior.lm, "add_adapter"):
-        raise InputError("only a prior from rd.load can be given an adapter; for any other pass policy=, a Trainable")
-    lm: Any = prior.lm
+    lm, space = _adaptable(target)
     taken, free = set(lm.adapters), name
     while free in taken:
         free = f"{name}_{len(taken)}"
-    return Amortized(lm.add_adapter(free, rank, alpha, targets, seed), prior.space, target.problems, sees)
+    return Amortized(lm.add_adapter(free, rank, alpha, targets, seed), space, target.problems, sees)
+
+
+def load_policy(target: Target, adapter: str | os.PathLike[str], sees: str | None = None) -> Amortized:
+    """A policy for a target from an adapter: any PEFT folder, one of ``policy.save`` or one that another trainer wrote.
+
+    Args:
+        target: what it is to sample; its prior's model is the base, and stays the prior.
+        adapter: the folder, or the name of an adapter that the model has already (``rd.load(base, adapter=folder)``
+            calls it "default").
+        sees: what q reads; by default what the folder's card says, or "x" where it has none.
+
+    Raises:
+        InputError: an adapter of another model, or a prior that cannot take one.
+    """
+    lm, space = _adaptable(target)
+    if str(adapter) in lm.adapters:
+        return Amortized(lm.view(str(adapter)), space, target.problems, sees or "x")
+    view, told = lm.load_adapter(adapter), read_card(adapter)
+    policy = Amortized(view, space, target.problems, sees or told.get("sees") or "x")
+    policy.about = told.get("about") or {}
+    return policy
+
+
+def _adaptable(target: Target) -> tuple[Any, Any]:
+    """The prior's model and space, where it can take an adapter."""
+    prior = target.prior
+    if not isinstance(prior, LMPolicy) or not hasattr(prior.lm, "add_adapter"):
+        raise InputError("only a prior from rd.load can be given an adapter; for any other pass policy=, a Trainable")
+    return prior.lm, prior.space
 
 
 def amortize(
@@ -86,14 +113,14 @@ def amortize(
     s = plan or settings(**given)
     if policy is None:
         policy = grow(target, sees=sees, rank=rank, alpha=alpha, targets=targets, seed=s.seed)
-    run = begin(target, policy, s, world())
+    run = begin(target, policy, s, world_of(policy))
     keeper = Keeper(Path(folder), save_every or 20) if folder is not None else None
     if keeper is not None:
         keeper.start(resume, run)
     elif resume:
         raise InputError("resume needs the folder that the run was started with")
     seconds = train(run, keeper, on_metrics, on_failure)
-    found = evaluate(target, policy, s.evaluate, s.seed) if run.world.first else {}
+    found = evaluate(target, policy, s.evaluate, s.seed) if run.world.draws else {}
     about = {"target": target.formula, "sees": getattr(policy, "sees", "x"), "settings": s.plain(),
              "objective": run.objective, "seconds": seconds, "evaluation": found}  # fmt: skip
     if keeper is not None and run.world.first:
@@ -118,7 +145,7 @@ def train(run: Run, keeper: Keeper | None, on_metrics: OnMetrics | None, on_fail
     try:
         for metrics in steps(run, failed):
             every = run.settings.evaluate_every
-            if every and run.step % every == 0 and run.world.first:
+            if every and run.step % every == 0 and run.world.draws:
                 metrics["evaluation"] = evaluate(run.target, run.policy, run.settings.evaluate, run.settings.seed)
             run.seconds += sum(v for k, v in metrics.items() if k.startswith("seconds_"))
             metrics["seconds"] = run.seconds

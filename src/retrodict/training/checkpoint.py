@@ -96,8 +96,9 @@ class Keeper:
             _fits(str(head), run, tensors)
             restore(run, tensors)
             if len(told["files"]) > 1:
-                of = {"model": run.replay.model, "target": run.replay.target}
-                run.replay = Replay.load(self.folder / told["files"][1], **of)
+                mine = run.replay
+                run.replay = Replay.load(self.folder / told["files"][1], model=mine.model, target=mine.target,
+                                         distance=mine.distance)  # fmt: skip
             run.step, run.failures, run.seconds = int(told["step"]), int(told["failures"]), float(told["seconds"])
             run.micro = told["micro"] if run.settings.micro is None else run.micro
         except InputError:
@@ -135,7 +136,8 @@ def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
     model = getattr(getattr(run.policy, "lm", None), "base_version", "") or ""
     settings = {k: v for k, v in run.settings.plain().items() if k not in ("evaluate", "evaluate_every", "micro")}
-    policy = {"sees": getattr(run.policy, "sees", None), "kind": type(run.policy).__name__}
+    alpha = getattr(getattr(run.policy, "lm", None), "lora_alpha", None)
+    policy = {"sees": getattr(run.policy, "sees", None), "kind": type(run.policy).__name__, "lora_alpha": alpha}
     told = {"model": model, "target": run.target.version, "problems": _digest(run), "policy": policy}
     return json.loads(json.dumps(told | {"settings": settings}))
 

@@ -61,7 +61,8 @@ class Mixture:
 class Batch:
     """Rows of one step with their term values.
 
-    ``own`` are those that q itself drew, at temperature one; ``new`` all that were drawn, not replayed.
+    ``own`` are those that q itself drew, at temperature one (none where an older adapter did, see
+    ``training.remote``); ``new`` all that were drawn, not replayed.
     """
 
     rollouts: Rollouts
@@ -136,8 +137,9 @@ def collect(
     new, scored = with_terms(target, cat_rollouts(drawn), every_prefix) if drawn else (None, 0)
     rows = cat_rollouts(([new] if new is not None else []) + [target.terms(r, every_prefix) for r in old])
     count = torch.arange(len(rows), device=device)
-    return Batch(rows, count[: int(own_of.sum())], count[: 0 if new is None else len(new)], scored, temperature,
-                 now(device) - began)  # fmt: skip
+    stale = bool(drawn and drawn[0].behaviour.get("staleness"))
+    return Batch(rows, count[: 0 if stale else int(own_of.sum())], count[: 0 if new is None else len(new)], scored,
+                 temperature, now(device) - began)  # fmt: skip
 
 
 def final_log_gamma(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:

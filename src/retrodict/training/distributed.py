@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,42 +25,58 @@ from retrodict.errors import InputError
 from retrodict.records import Rollouts, Scores, cat_rollouts
 from retrodict.training.collect import Batch
 
+log = logging.getLogger("retrodict")
+
 FIELDS = ("problem", "moves", "kind", "n", "stop", "can_stop", "log_q", "log_stop", "log_b", "log_pb")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; one by default, for which every method is the identity."""
+    """The processes of a run; one by default, for which every method is the identity.
+
+    ``together``: every process runs every row, because each holds a part of the weights (:func:`shard`).
+    """
 
     rank: int = 0
     size: int = 1
+    together: bool = False
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the rows of a step are run."""
+        return 1 if self.together else self.size
 
     @property
     def first(self) -> bool:
         """Whether this process writes files."""
         return self.rank == 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether this process takes part in what one process could do alone (an evaluation)."""
+        return self.first or self.together
+
     def mine(self, shards: int) -> range:
         """Which shards of a batch this process draws."""
-        if shards % self.size:
+        if shards % self.parts:
             raise InputError(f"{shards} shards cannot be shared by {self.size} processes; set shards to a multiple")
-        each = shards // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
+        each, at = shards // self.parts, self.rank % self.parts
+        return range(at * each, (at + 1) * each)
 
     def rows(self, b: int, device: torch.device) -> Tensor:
         """The rows this process pushes through the model."""
-        return torch.arange(b, device=device).tensor_split(self.size)[self.rank]
+        return torch.arange(b, device=device).tensor_split(self.parts)[self.rank % self.parts]
 
     def gather(self, mine: Sequence[Batch]) -> Batch:
         """All shards of all processes as one batch, in the order of shards."""
-        if self.size == 1:
+        if self.parts == 1:
             return joined(mine)
         device = mine[0].rollouts.n.device
         return joined([unpack(data, mine[0], device) for data in self._bytes(pack(joined(mine)))])
 
     def scores(self, part: Scores) -> list[Scores]:
         """The scores each process computed, in order of rank."""
-        if self.size == 1:
+        if self.parts == 1:
             return [part]
         device = part.log_q.device
         tensors = {"log_q": part.log_q.detach().cpu(), "log_stop": part.log_stop.detach().cpu()}
@@ -68,7 +85,7 @@ class World:
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up the gradients of all processes, in place."""
-        for p in parameters if self.size > 1 else ():
+        for p in parameters if self.parts > 1 else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
 
@@ -94,17 +111,70 @@ class World:
 ALONE = World()
 
 
+def world_of(policy: Any) -> World:
+    """The processes of a run: together where the policy's weights are spread over them."""
+    here, module = world(), getattr(getattr(policy, "lm", None), "module", None)
+    if here.size == 1 or module is None:
+        return here
+    from torch.distributed.tensor import DTensor
+
+    return replace(here, together=any(isinstance(p, DTensor) for p in module.parameters()))
+
+
+def shard(lm: Any) -> Any:
+    """Spread the weights of a model's layers over the processes, in place: FSDP2's ``fully_shard`` on each layer.
+
+    To be called by every process before the model is given an adapter; adapters, embeddings and head stay whole
+    everywhere. A layer's weights are gathered whenever it runs, so all processes must run the same passes in the same
+    order: ``amortize`` then has each of them draw and push every row. It saves memory and no time. The model runs
+    through the transformers module, since our decoder knows no hooks. Loaded with ``device="cpu"`` it moves to the GPUs
+    layer by layer.
+
+    Raises InputError where there is one process, or no list of layers.
+    """
+    if world().size == 1:
+        raise InputError("there is one process, and nothing to share weights with; start several with torchrun")
+    module = getattr(lm, "module", None)
+    layers = getattr(getattr(module, "base_model", None), "layers", None)
+    if layers is None or lm.adapters:
+        raise InputError(f"{lm.name} cannot be sharded: a transformers decoder without adapters is needed; call shard "
+                         "right after rd.load(name)")  # fmt: skip
+    from torch.distributed.fsdp import fully_shard
+
+    lm.plain()
+    for layer in layers:
+        fully_shard(layer, reshard_after_forward=True)
+    if torch.cuda.is_available() and lm.device.type == "cpu":
+        lm.device = torch.device("cuda", torch.cuda.current_device())
+        lm.module.to(lm.device)
+    return lm
+
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK")
+"""Where torchrun (and accelerate, which runs it), Open MPI, Intel MPI and MVAPICH say how many and which."""
+
+
 def world() -> World:
-    """The processes that a launcher started (accelerate launch, torchrun), joined; or this one alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """The processes that a launcher started (torchrun, accelerate launch, mpirun), joined; or this one alone."""
+    size = _told(SIZES) if "MASTER_ADDR" in os.environ else 1  # where to meet: else they are runs of their own
     if size == 1:
+        if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+            log.warning("accelerate launch --cpu starts one process unless it is given --mpirun_hostfile; for several "
+                        "on this machine use torchrun, or --multi_gpu, which needs no GPU here")  # fmt: skip
         return ALONE
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, rank=_told(RANKS), world_size=size)
         atexit.register(_leave)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _told(names: Sequence[str]) -> int:
+    """The first of these variables that is set, or 1."""
+    return next((int(os.environ[x]) for x in names if x in os.environ), 1)
 
 
 def _leave() -> None:

@@ -78,8 +78,10 @@ def begin(target: Target, policy: Trainable, settings: Settings, world: World = 
         raise InputError(f"{name} takes the logarithm of {noisy[0]!r}, whose noise is linear: use sir")
     if settings.samples < 2 and name not in ("tb", "mle", *NEED_PREFIXES):
         raise InputError(f"{name} compares samples of one problem: give samples of at least 2, or use tb")
+    if world.together and settings.micro is None:
+        raise InputError("processes that share weights must run the same passes: give micro, the rows of each")
     parameters = policy.parameters()
-    m, device = len(target.problems), device_of(target, policy if hasattr(policy, "lm") else None)  # pyright: ignore[reportArgumentType]
+    m, device = len(target.problems), device_of(target, policy if hasattr(policy, "lm") else None)
     log_z = torch.zeros(m, dtype=torch.float64, device=device, requires_grad=True) if name in WITH_LOG_Z else None
     groups_of = [{"params": list(parameters.values()), "lr": settings.lr}]
     if log_z is not None:
@@ -103,8 +105,9 @@ def _model(policy: Trainable) -> str:
 def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
     """One step; gives its metrics. Steps whose loss is not finite are skipped, three in a row raise TrainingError."""
     s, clock = run.settings, Clock()
-    device = device_of(run.target, run.policy if hasattr(run.policy, "lm") else None)  # pyright: ignore[reportArgumentType]
+    device = device_of(run.target, run.policy if hasattr(run.policy, "lm") else None)
     batch = _collect(run, device)
+    _ask_ahead(run, device)
     temperature = s.reward_t(run.step)
     tempered = run.target if temperature == 1.0 else run.target ** (1.0 / temperature)
     prefixes = run.objective in NEED_PREFIXES
@@ -137,17 +140,15 @@ def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
                 "behaviour_temperature": batch.temperature, "scored": batch.scored, "micro": pushed.micro,
                 "replay": len(run.replay), "staleness": run.replay.staleness(run.step) if len(run.replay) else 0.0,
                 "tokens": int(batch.rollouts.n.sum()), **clock.seconds}  # fmt: skip
+    if "staleness" in batch.rollouts.behaviour:  # steps since the adapter that drew was pushed (training.remote)
+        metrics["staleness_policy"] = batch.rollouts.behaviour["staleness"]
     run.step, run.failures = run.step + 1, 0
     return metrics
 
 
 def _collect(run: Run, device: torch.device) -> Batch:
     """The rows of a step: each shard draws its own from (seed, step, shard), wherever it runs."""
-    s, m = run.settings, len(run.target.problems)
-    per_step = min(m, s.per_step or min(m, 8))
-    epoch = run.step * per_step // m
-    order = torch.randperm(m, generator=generator(s.seed, "cpu", 1, epoch))
-    chosen = turn(run.step, m, per_step, order)
+    s, chosen = run.settings, _chosen(run, run.step)
     prefixes = run.objective in NEED_PREFIXES
     mine = [
         collect(run.target, run.policy, chosen, s.samples // s.shards, generator(s.seed, device, 2, run.step, shard),
@@ -155,6 +156,25 @@ def _collect(run: Run, device: torch.device) -> Batch:
         for shard in run.world.mine(s.shards)
     ]  # fmt: skip
     return run.world.gather(mine)
+
+
+def _chosen(run: Run, step: int) -> list[int]:
+    """Problems of a step."""
+    s, m = run.settings, len(run.target.problems)
+    per_step = min(m, s.per_step or min(m, 8))
+    order = torch.randperm(m, generator=generator(s.seed, "cpu", 1, step * per_step // m))
+    return turn(step, m, per_step, order)
+
+
+def _ask_ahead(run: Run, device: torch.device) -> None:
+    """Where servers draw ahead: ask for the next step's own rows before this step's update."""
+    s, step = run.settings, run.step + 1
+    own = s.mixture.counts(s.samples // s.shards)[0]
+    if not getattr(run.policy, "ahead", False) or step >= s.steps or not own:
+        return
+    problem = torch.tensor(_chosen(run, step), device=device).repeat_interleave(own)
+    for shard in run.world.mine(s.shards):
+        run.policy.ask(problem, generator(s.seed, device, 4, step, shard))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _remember(run: Run, batch: Batch) -> None:
@@ -178,7 +198,7 @@ def _fresh(run: Run, batch: Batch, scores: Scores) -> dict[str, Any]:
 
 
 def on_policy(a: Tensor, rows: Rollouts, keys: list[tuple[int, ...]]) -> dict[str, Any]:
-    """What q's own draws say, averaged over problems: ``elbo`` = E_q[a] <= log Z, ``log_z`` by importance, ESS share."""
+    """What q's own draws say, a mean over problems: ``elbo`` = E_q[a] <= log Z, ``log_z`` by importance, ESS share."""
     of, count = groups(rows.problem)
     m = len(count)
     top = torch.full((m,), -torch.inf, dtype=a.dtype, device=a.device).scatter_reduce(0, of, a, "amax")
@@ -224,7 +244,8 @@ class Clock:
 def evaluate(target: Target, policy: Trainable, n: int, seed: int, batch: int = 256) -> dict[str, Any]:
     """Fresh draws at T = 1: ELBO with its standard error, log Z-hat, ESS share, distinct, what Y makes of them."""
     positive(n=n)
-    gen = generator(seed, device_of(target, policy), 3)  # pyright: ignore[reportArgumentType]
+    policy = getattr(policy, "local", policy)  # q's own draws, not an older adapter's (training.remote)
+    gen = generator(seed, device_of(target, policy), 3)
     from retrodict.records import cat_rollouts
 
     problem = torch.arange(len(target.problems), device=gen.device).repeat_interleave(n)

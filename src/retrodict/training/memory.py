@@ -1,7 +1,8 @@
 """An estimate of what a step holds at its peak, before the run: weights, activations with gradient, logits, caches.
 
 For a decoder of L layers, width d, feed-forward f, h heads and context c, a token that runs with gradient keeps about
-L (10 d + 4 f + 3 h c) numbers, or L d where layers are run again in the backward pass; one chunk of logits is kept.
+L (10 d + 4 f + 3 h c) numbers, or L d where layers are run again in the backward pass; one chunk of logits is kept. The
+reward's packed pass holds one layer's activations of a chunk of its branches.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from retrodict.models.cached import CHUNK
+from retrodict.objectives.table import NEED_PREFIXES
 from retrodict.protocols import Trainable
 from retrodict.targets.algebra import Target
 from retrodict.training.settings import Settings
@@ -42,7 +44,11 @@ def estimate(target: Target, policy: Trainable, s: Settings) -> Estimate | None:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     lm: Any = policy.lm  # pyright: ignore[reportAttributeAccessIssue]
     size = torch.finfo(lm.dtype).bits // 8
-    layers, d, f = config.num_hidden_layers, config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
+    layers, d, f = (
+        config.num_hidden_layers,
+        config.hidden_size,
+        getattr(config, "intermediate_size", 4 * config.hidden_size),
+    )
     heads = config.num_attention_heads
     longest = max(len(p.context) + len(p.evidence) for p in target.problems)
     tokens = longest + target.space.max_moves
@@ -51,8 +57,13 @@ def estimate(target: Target, policy: Trainable, s: Settings) -> Estimate | None:
     trained = sum(p.numel() for p in policy.parameters().values())
     per_step = min(len(target.problems), s.per_step or min(len(target.problems), 8))
     rows = per_step * s.samples
-    cache = rows * layers * 2 * (getattr(config, "num_key_value_heads", heads) * d // heads) * tokens * size
-    fixed = weights + 12 * trained + 2 * cache + 3 * 4 * CHUNK
+    wide = getattr(config, "num_key_value_heads", heads) * d // heads
+    cache = rows * layers * 2 * wide * tokens * size
+    y = max(len(p.evidence) for p in target.problems)
+    branches = target.space.max_moves + 1 if s.objective in ("auto", *NEED_PREFIXES) else 1
+    valued = min(rows * branches * y, max(branches * y, CHUNK // 2048))  # tokens of one chunk of the reward's pass
+    reward = valued * (size * (6 * d + 4 * f) + (4 + 2 * size) * heads * tokens)
+    fixed = weights + 12 * trained + 3 * cache + reward + 3 * 4 * CHUNK
     return Estimate(fixed, size * kept * tokens, rows)
 
 

@@ -28,7 +28,7 @@ class Settings:
             cosine falls to ``lr_end`` times lr.
         clip: largest norm of the gradient.
         mixture: what a step's samples are drawn from.
-        capacity, priority, replay_alpha, distance, tolerance: the replay buffer of each problem, see ``training.replay``.
+        capacity, priority, replay_alpha, distance, tolerance: the buffer of each problem, see ``training.replay``.
         reward_temperature: (start, end, steps): gamma^(1/T) with T falling linearly; None for T = 1 throughout.
         micro: rows that run through the model with gradient at once; found from the memory there is by default.
         checkpointing: run layers again in the backward pass: less memory, a third more time.

@@ -44,7 +44,12 @@ def _only_lora(module: nn.Module) -> bool:
     plain = all(
         str(getattr(c.peft_type, "value", c.peft_type)) == "LORA" and not c.modules_to_save for c in configs.values()
     )
-    return plain and not any(getattr(c, "use_dora", False) or c.bias != "none" for c in configs.values())
+    if not plain or any(
+        getattr(c, "use_dora", False) or getattr(c, "lora_bias", False) or c.bias != "none" for c in configs.values()
+    ):
+        return False
+    known = {id(p) for block in _unwrapped(module).model.layers for parts in _projections(block) for p in parts}
+    return all(id(m) in known for m in module.modules() if hasattr(m, "lora_A") or hasattr(m, "token_adapter"))
 
 
 def _plain(linear: Any) -> nn.Linear:

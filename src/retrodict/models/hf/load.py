@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,8 @@ def load(
     Args:
         name: a hub id, a model folder, a ``.gguf`` file, a ``(model, tokenizer)`` pair, or ``"smollm2"`` (135M
             parameters, from the package index).
-        adapter: a PEFT adapter folder, several, or a mapping from names to folders; the first is active.
+        adapter: a PEFT adapter folder, several, or a mapping from names to folders. The model that comes back is the
+            base, which serves as the prior; ``lm.view(name)`` is the adapter ("default" where one folder is given).
         dtype: ``"auto"`` (bfloat16 where the processor is fast in it, else float32), a name or a torch dtype.
         device: ``"auto"`` (a CUDA GPU if there is one, else the CPU) or a torch device.
     """
@@ -115,7 +115,7 @@ def materialise(name: Name, adapter: Adapter = None, dtype: str | torch.dtype = 
     module.eval()
     version = fingerprint(module, folders)
     if folders:
-        module = _with_adapters(module, folders, place)
+        module = _with_adapters(module, folders)
     tokenizer = tok if isinstance(tok, HFTokenizer) else HFTokenizer(tok, _vocab_size(module))
     return Loaded(module, tokenizer, label, version, note, tuple(folders))
 
@@ -306,37 +306,19 @@ def _adapters(adapter: Adapter) -> dict[str, Path]:
         named = {Path(p).resolve().name.replace(".", "_"): Path(p) for p in adapter}
         if len(named) != len(adapter):
             raise InputError("two adapter folders have one name; give a mapping {name: folder}")
-    named = {k: p.expanduser() for k, p in named.items()}
-    for path in named.values():
-        if not (path / "adapter_config.json").is_file():
-            raise InputError(f"no adapter in {str(path)!r}: a PEFT folder with adapter_config.json is needed")
-        if not (path / "adapter_model.safetensors").is_file():
-            raise InputError(f"the adapter in {str(path)!r} has no adapter_model.safetensors; save it in that form")
-    return named
+    from retrodict.models.hf.adapters import adapter_folder
+
+    return {k: adapter_folder(p) for k, p in named.items()}
 
 
-def _with_adapters(module: Any, folders: Mapping[str, Path], device: torch.device) -> Any:
+def _with_adapters(module: Any, folders: Mapping[str, Path]) -> Any:
     """The module under PEFT with the adapters of ``folders``, the first one active."""
     _need("peft")
-    from peft import PeftModel
+    from retrodict.models.hf.adapters import put
 
-    names = list(folders)
     for name, path in folders.items():
-        try:
-            with quiet(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*reinitialization of the adapter weights.*")
-                warnings.filterwarnings("error", message=".*missing adapter keys.*")  # PEFT leaves them random
-                if name == names[0]:
-                    module = PeftModel.from_pretrained(
-                        module, path, adapter_name=name, torch_device=str(device), local_files_only=True
-                    )
-                else:
-                    told = module.load_adapter(path, name, torch_device=str(device), local_files_only=True)
-                    if lost := [k for k in told.missing_keys if name in k.split(".")]:  # PEFT: name anywhere in k
-                        raise ValueError(f"missing adapter keys, {lost[0]} among them")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserWarning) as error:
-            raise InputError(f"adapter {name!r} in {str(path)!r} cannot be used: {first_line(error)}") from error
-    module.set_adapter(names[0])
+        module = put(module, name, path)
+    module.set_adapter(next(iter(folders)))
     module.requires_grad_(False)
     return module.eval()
 

@@ -7,6 +7,7 @@ through its own forward with our cache and masks. The base is the prior for free
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from retrodict.errors import InputError, nearest
 from retrodict.models.cached import CachedLM
 from retrodict.models.decoder import Decoder, LowRank, refresh, settle
-from retrodict.models.hf.adapters import Held, grow, save
+from retrodict.models.hf.adapters import WEIGHTS, Held, adapter_folder, drop, grow, read, save
 from retrodict.models.hf.adopt import adopt, adoptable, attach
+from retrodict.models.hf.gguf import digest
 from retrodict.models.kv import KVCache
 
 
@@ -88,6 +90,12 @@ class HFModel(CachedLM):
                        end_ids=self.end_ids, special_ids=self.special_ids, note=self.note, adapter=adapter,
                        shared=self)  # fmt: skip
 
+    def plain(self) -> None:
+        """From now on the module's own forward runs, here and in views made later: for hooks on it (FSDP)."""
+        if self.decoder is not None:
+            self.decoder, self.fast = None, False
+            self._plain_head = self._probe()
+
     # -- training an adapter -------------------------------------------------------------------------------------
 
     def add_adapter(
@@ -104,6 +112,25 @@ class HFModel(CachedLM):
             attach(self.module, self.decoder.w, name)
         return self.view(name)
 
+    def load_adapter(self, folder: str | os.PathLike[str]) -> HFModel:
+        """A view with the adapter of a PEFT folder, which training may go on with; the base is left as it is.
+
+        Its name is the folder's with a digest of its weights. Raises InputError for an adapter of another model, or one
+        that this model's decoder cannot run (no plain LoRA of its projections).
+        """
+        path = adapter_folder(folder)
+        name = free = f"{re.sub(r'[^0-9A-Za-z_]', '_', path.resolve().name)}_{digest(path / WEIGHTS)[:8]}"
+        while free in self.adapters:  # a copy of its own: the other may have been trained on
+            free = f"{name}_{len(self.adapters)}"
+        read(self._held, free, path)
+        if self.decoder is not None:
+            if not adoptable(self.module):
+                drop(self._held, free)
+                raise InputError(f"the adapter in {str(folder)!r} is more than LoRA on a layer's projections; load it "
+                                 f"with the model: rd.load(MODEL, adapter={str(folder)!r})")  # fmt: skip
+            attach(self.module, self.decoder.w, free)
+        return self.view(free)
+
     def parameters(self) -> dict[str, Tensor]:
         """The trainable tensors of this view's adapter, by name; empty for the base."""
         mark = f".{self.adapter}."
@@ -118,6 +145,11 @@ class HFModel(CachedLM):
         assert self.adapter is not None
         self._held.updates[self.adapter] = self._held.updates.get(self.adapter, 0) + 1
         refresh(self._low_rank())
+
+    @property
+    def lora_alpha(self) -> float | None:
+        """What this view's adapter is scaled by, times its rank; None for the base."""
+        return None if self.adapter is None else float(self.module.peft_config[self.adapter].lora_alpha)
 
     def settle(self) -> None:
         """After a backward pass: gradients reach the adapter's own tensors."""
@@ -163,9 +195,10 @@ class HFModel(CachedLM):
         block: int,
         cache: KVCache | None,
         visible: Bool[Tensor, "r n T"] | None,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if self.decoder is not None:
-            return self.decoder._run(ids, pos, block, cache, visible)
+            return self.decoder._run(ids, pos, block, cache, visible, keep)
         return self._run_module(ids, pos, block, cache, visible)
 
     def _head(self, x: Tensor) -> Float[Tensor, "c v"]:
