@@ -115,8 +115,8 @@ class Policy(Protocol):
 class Trainable(Policy, Protocol):
     """A policy with parameters: leaf tensors, by name and in a fixed order.
 
-    ``score(..., grad=True)`` is differentiable; ``settle`` is called after each backward pass, when gradients may lie in
-    fused buffers, and brings them to the parameters; ``refresh`` after these changed, so that sampling (buffers,
+    ``score(..., grad=True)`` is differentiable; ``settle`` is called after each backward pass, when gradients may lie
+    in fused buffers, and brings them to the parameters; ``refresh`` after these changed, so that sampling (buffers,
     captured graphs) follows and ``version`` moves.
     """
 

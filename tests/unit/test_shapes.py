@@ -28,7 +28,8 @@ def test_the_estimate_grows_with_the_batch_and_micro_fits() -> None:
     few, many = (estimate(run.target, run.policy, settings(objective="subtb", samples=n)) for n in (8, 64))
     assert few is not None and many is not None
     assert many.per_row == few.per_row and many.peak(64) > few.peak(8) > sum(
-        p.numel() * 4 for p in run.policy.lm.module.parameters()  # pyright: ignore[reportAttributeAccessIssue]
+        p.numel() * 4
+        for p in run.policy.lm.module.parameters()  # pyright: ignore[reportAttributeAccessIssue]
     )
     lean = estimate(run.target, run.policy, settings(objective="subtb", samples=64, checkpointing=True))
     assert lean is not None and lean.per_row < many.per_row / 5

@@ -41,7 +41,7 @@ BEGINNINGS = (
 TOKENS = 8
 JUDGED = 192
 """Fresh draws behind each lower bound of prior and amortized policy."""
-LEARN: dict[str, Any] = {"objective": "vargrad", "samples": 32, "lr": 1.5e-3, "rank": 16, "evaluate": 16}
+LEARN: dict[str, Any] = {"objective": "vargrad", "samples": 32, "lr": 1.5e-3, "rank": 16, "evaluate": 64}
 
 Sampler = Callable[[Target, int, int, OnStep], Particles]
 METHODS: dict[str, Sampler] = {
@@ -81,7 +81,8 @@ def run(
     for p, z in zip(own.problems, own.space.show(exact), strict=True):
         x, y = (printable(lm.tokenizer.decode(ids), 70) for ids in (p.context, p.evidence))
         console.print(f"   {p.name}:  {x} [{printable(z, 70)} ] {y}", markup=False)
-    about = "A missing sentence, drawn in proportion to its posterior by several methods on one target."
+    about = ("A missing sentence, drawn in proportion to its posterior by several methods on one target"
+             + (", the last a policy that was trained to do it in one pass." if steps > 0 else "."))  # fmt: skip
     recipe = {"command": "demo", "seed": seed, "n": n, "stories": stories, "steps": steps, "model": model,
               "sampler": [*METHODS, *(["amortized"] * (steps > 0))], "about": about}  # fmt: skip
     folder = RunFolder.create(out, "demo", recipe, _texts(target, lm), environment(lm))
@@ -138,7 +139,8 @@ def _amortized(
     last = max(i for i, r in enumerate(rows) if r["problem"] == first)
     rows.insert(last + 1, after | {"seconds": policy.about["seconds"] + after["seconds"]})
     policy.save(folder.path / "adapter", both)
-    notes = dict.fromkeys((*table.notes, *both.notes, f"seconds of amortized: with its {steps} steps of training"))
+    said = f"amortized: {JUDGED} draws, as for the prior's bound; its seconds with training"
+    notes = dict.fromkeys((*table.notes, *both.notes, said))
     return replace(table, rows=rows, notes=tuple(notes)), both.particles["amortized"]
 
 

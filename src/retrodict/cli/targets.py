@@ -21,7 +21,7 @@ from retrodict.targets.algebra import Target
 from retrodict.targets.problems import TextProblem, problems
 from retrodict.tasks import arithmetic_train, continuation, infilling
 
-NOT_KEYS = frozenset({"lm", "data", "name", "verifier", "target", "policy", "seed", "start", "on_step"})
+NOT_KEYS = frozenset({"lm", "data", "name", "verifier", "target", "policy", "seed", "start", "on_step", "tool"})
 """Parameters that are no keys of a recipe under their own name."""
 SAMPLER_NAMES = {"temperature": "proposal_temperature"}
 IGNORED = {"exact": {"n"}}

@@ -115,6 +115,7 @@ ADAPTER = {"rank", "lora_alpha", "lora_targets"}
 """Keys of a new adapter."""
 SIMULATED = ("infill", "posterior", "stories")
 """Targets that have a Y, which the model can write itself."""
+WITHOUT_Y = ("continuation", "of_length", "including", "scored", "sentences")
 
 
 def flags() -> Any:
@@ -221,8 +222,7 @@ def _sees(keys: Any, kind: Any, source: Source) -> None:
         raise InputError(f"{source.at('sees')}: {keys.sees!r} is neither {' nor '.join(SEES)}, nor a template with "
                          "{context} in it")  # fmt: skip
     reads = "{evidence}" in str(SEES.get(keys.sees, keys.sees))
-    told = keys.target in SIMULATED or ":" in keys.target
-    if reads and (not told or "evidence" in kind.keys and not (keys.evidence or keys.simulated)):
+    if reads and (keys.target in WITHOUT_Y or "evidence" in kind.keys and not (keys.evidence or keys.simulated)):
         raise InputError(f"{source.at('sees')}: there is no evidence for q to read; give evidence, or sees: x")
 
 

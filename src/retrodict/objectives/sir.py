@@ -24,7 +24,7 @@ def sir(scores: Scores, rollouts: Rollouts, log_gamma: Tensor) -> tuple[Tensor, 
     log_b = torch.where(inside, rollouts.log_b, 0.0).double().sum(1)
     log_w = log_gamma.double() + rollouts.log_pb.double().sum(1) - log_b
     of, count = groups(rollouts.problem)
-    top = torch.full((len(count),), NEG_INF, dtype=log_w.dtype, device=log_w.device).scatter_reduce(0, of, log_w, "amax")
+    top = log_w.new_full((len(count),), NEG_INF).scatter_reduce(0, of, log_w, "amax")
     alive = top > NEG_INF
     w = torch.where(alive[of], (log_w - torch.where(alive, top, 0.0)[of]).exp(), 0.0)
     dead = int((~alive).sum())

@@ -136,9 +136,9 @@ class LMPolicy(FiniteStepper):
         b, t = rollouts.moves.shape
         space, n = self.space, rollouts.n
         legal = None if raw else space.legal_ids(self.lm.device)
-        log_p, log_ids, mass = self.lm.score(
-            self.prompts(rollouts.problem), rollouts.moves, n, space.stops.ids, legal, **({"grad": True} if grad else {})
-        )
+        how = {"grad": True} if grad else {}  # servers and others that cannot need not know the word
+        prompts = self.prompts(rollouts.problem)
+        log_p, log_ids, mass = self.lm.score(prompts, rollouts.moves, n, space.stops.ids, legal, **how)
         if not space.stops.acts:
             stop = log_p.new_zeros(b, t + 1, 1)
         else:

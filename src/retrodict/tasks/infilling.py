@@ -1,8 +1,8 @@
 """Story infilling: the missing middle Z of a story, between X and Y (Hu et al. 2024, section 4.2).
 
 The stories are the language model's own: it goes on from one of our openings for a sentence (X), writes a middle (Z)
-and what follows (Y). For such a story Z is an exact draw from p(Z | X, Y), so a policy's gap to the posterior is bounded
-from both sides; no story's middle is ever shown to training.
+and what follows (Y). For such a story Z is an exact draw from p(Z | X, Y), so a policy's gap to the posterior is
+bounded from both sides; no story's middle is ever shown to training.
 """
 
 from __future__ import annotations

@@ -136,8 +136,8 @@ def identity(run: Run) -> dict[str, Any]:
     """What a checkpoint must share with the run that goes on from it."""
     model = getattr(getattr(run.policy, "lm", None), "base_version", "") or ""
     settings = {k: v for k, v in run.settings.plain().items() if k not in ("evaluate", "evaluate_every", "micro")}
-    alpha = getattr(getattr(run.policy, "lm", None), "lora_alpha", None)
-    policy = {"sees": getattr(run.policy, "sees", None), "kind": type(run.policy).__name__, "lora_alpha": alpha}
+    scale = getattr(getattr(run.policy, "lm", None), "lora_scale", None)
+    policy = {"sees": getattr(run.policy, "sees", None), "kind": type(run.policy).__name__, "lora_alpha / rank": scale}
     told = {"model": model, "target": run.target.version, "problems": _digest(run), "policy": policy}
     return json.loads(json.dumps(told | {"settings": settings}))
 

@@ -147,9 +147,10 @@ class HFModel(CachedLM):
         refresh(self._low_rank())
 
     @property
-    def lora_alpha(self) -> float | None:
-        """What this view's adapter is scaled by, times its rank; None for the base."""
-        return None if self.adapter is None else float(self.module.peft_config[self.adapter].lora_alpha)
+    def lora_scale(self) -> float | None:
+        """lora_alpha / rank of this view's adapter; None for the base."""
+        found = None if self.adapter is None else self.module.peft_config[self.adapter]
+        return None if found is None else float(found.lora_alpha / found.r)
 
     def settle(self) -> None:
         """After a backward pass: gradients reach the adapter's own tensors."""
