@@ -166,10 +166,10 @@ def _within(p: Particles, q: int) -> float:
     if p.log_z is None or t.ess is None or t.resampled is None or not t.ess.numel():
         return 0.0
     count = p.log_z.shape[1]
+    if t.ess.shape[1] != p.m * count or t.resampled.shape != t.ess.shape or p.k % count or p.k < 2 * count:
+        return 0.0
     runs = slice(q * count, (q + 1) * count)
     log_w = p.log_w[q].view(count, -1).double().cpu()
-    if t.ess.shape[1] != p.m * count or log_w.shape[1] < 2:
-        return 0.0
     return float(stage_variance(t.ess[:, runs].cpu(), t.resampled[:, runs].cpu(), ess(log_w), log_w.shape[1]).mean())
 
 
