@@ -54,7 +54,7 @@ METHODS: dict[str, Sampler] = {
 
 
 def run(
-    seed: int = 0, out: str = "runs", n: int = 64, stories: int = 3, steps: int = 36, model: str = "smollm2"
+    seed: int = 0, out: str = "runs", n: int = 48, stories: int = 2, steps: int = 36, model: str = "smollm2"
 ) -> int:
     """Infill a sentence by several methods, amortize its posterior, and say how far from it the answers may be.
 
