@@ -78,24 +78,25 @@ def run(
             print(f"{name}: no time left", flush=True)
             continue
         share = left / (len(names) - i)
-        if name == "prompt":
-            restore(made.policy, start)
-            told: dict[str, Any] = {}
-        else:
-            if tuned is None:
-                clock = time.perf_counter()
-                restore(made.policy, start)
-                losses = train.imitate(made.policy, written, steps=sft_steps, lr=lr, seed=seed)
-                print(f"sft: - log q of the annotations {losses[0]:.2f} -> {losses[-1]:.2f}", flush=True)
-                told = {"steps": sft_steps, "seconds": time.perf_counter() - clock,
-                        "tokens": sft_steps * int(written.n.sum())}  # fmt: skip
-                tuned = train.kept_values(made.policy), told
+        restore(made.policy, start)
+        told: dict[str, Any] = {}
+        if name != "prompt":
+            tuned = tuned or _imitated(made, written, sft_steps, lr, seed)
             restore(made.policy, tuned[0])
             told = tuned[1]
-            if name != "sft":
-                told = train.learn(made, name, written, seconds=0.8 * share, on_metrics=_said(name), **plan)
+        if name not in ("prompt", "sft"):
+            told = train.learn(made, name, written, seconds=0.8 * share, on_metrics=_said(name), **plan)
         table.add(name, told)
     return table.rows
+
+
+def _imitated(made: Any, written: Any, steps: int, lr: float, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Where all trained methods start: the parameters after fine-tuning on the annotations, and what it cost."""
+    clock = time.perf_counter()
+    losses = train.imitate(made.policy, written, steps=steps, lr=lr, seed=seed)
+    print(f"sft: - log q of the annotations {losses[0]:.2f} -> {losses[-1]:.2f}", flush=True)
+    cost = {"steps": steps, "seconds": time.perf_counter() - clock, "tokens": steps * int(written.n.sum())}
+    return train.kept_values(made.policy), cost
 
 
 def _said(name: str) -> Callable[[dict[str, Any]], None]:
