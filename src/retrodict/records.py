@@ -152,12 +152,15 @@ def cat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
 class Scores:
     """Teacher-forced log-probabilities of recorded trajectories, with gradient.
 
-    ``log_flow`` is a learned log-flow per prefix, ``log_norm`` a learned log Z per row; both optional.
+    Optional: ``log_norm`` is a learned log Z per row. A twist has ``log_psi`` of each symbol taken (move i, or at i = n
+    the stop; with log p of the prefix it is a log-flow) and ``log_ahead``, the log of the sum of p psi over all moves
+    and stops after prefix i, without gradient.
     """
 
     log_q: Float[Tensor, "b t"]
     log_stop: Float[Tensor, "b t1 s"]
-    log_flow: Float[Tensor, "b t1"] | None = None
+    log_psi: Float[Tensor, "b t1"] | None = None
+    log_ahead: Float[Tensor, "b t1"] | None = None
     value: Float[Tensor, "b t"] | None = None
     log_norm: Float[Tensor, " b"] | None = None
 

@@ -14,7 +14,7 @@ from retrodict.bench import exact as bench
 from retrodict.models.tabular import TabularLM
 from retrodict.records import Problem
 from retrodict.samplers.common import proposal
-from retrodict.samplers.mh.kernels import KERNELS, Kernel
+from retrodict.samplers.mh.kernels import KERNELS, SUFFIX, Kernel
 from retrodict.samplers.smc import conditional_smc, smc
 from retrodict.samplers.table import SAMPLERS
 from retrodict.targets.ready import posterior, until
@@ -87,10 +87,9 @@ def test_conditional_smc_where_free_populations_die_out() -> None:
 def test_transition_matrix_without_length_correction_is_not_invariant() -> None:
     case, (exact,) = truth("infill, own_stop")
     policy = proposal(case.target, None)
-    suffix = KERNELS["suffix"]
-    honest = transition(policy, exact, suffix)
+    honest = transition(policy, exact, SUFFIX)
     assert (honest >= -1e-15).all() and invariance(policy, exact, honest) < 1e-10
-    bugged = Kernel(suffix.cut, lambda n: torch.zeros(len(n), dtype=torch.float64))
+    bugged = Kernel(SUFFIX.cut, lambda n: torch.zeros(len(n), dtype=torch.float64))
     assert invariance(policy, exact, transition(policy, exact, bugged)) > 1e-3
 
 

@@ -112,8 +112,10 @@ def test_sampler(sampler: str, name: str) -> None:
         settings = {"n": 400, "log_bound": bound, "moved": {"log_bound": bound + CONSTANT}}
     elif sampler == "smc":
         settings["ess_threshold"] = 0.0
-    elif sampler == "mh":
+    elif sampler in ("mh", "tempering"):
         settings["steps"] = 4
+    elif sampler == "pimh":
+        settings |= {"steps": 2, "ess_threshold": 0.0}
     elif sampler == "best_of_n" and set(case.target.factors) == {"prior"}:
         settings["by"] = "prior"
     check_sampler(SAMPLERS[sampler], case.target, case.policy, random=sampler != "exact", **settings)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from retrodict.errors import InputError
+from retrodict.guides.automata import ByteDFA, max_word_length, words
 from retrodict.guides.base import ProductGuide
-from retrodict.guides.dfa import ByteDFA, DFAGuide, lift, max_word_length, words
+from retrodict.guides.dfa import DFAGuide, lift
 from retrodict.guides.lookahead import LookaheadGuide
 from retrodict.guides.mask import TokenMask
 from retrodict.models.tabular import TabularLM
@@ -72,7 +73,8 @@ def test_words_against_re(contain: list[str], avoid: list[str]) -> None:
 def test_lifted_automaton_reads_bytes_across_tokens() -> None:
     tokens = [b"", b"a", b"b ", b" ab", b"ba", "é".encode(), b"abab", b".", "é".encode()[:1]]
     for dfa in (words(["ab"], ["ba"]), max_word_length(2)):
-        table = lift(dfa, tokens)
+        classes, of = lift(dfa, tokens)
+        table = classes[:, of]
         draw = random.Random(0)
         for _ in range(2000):
             ids = [draw.randrange(len(tokens)) for _ in range(draw.randrange(7))]
@@ -111,11 +113,11 @@ def test_the_stop_is_read_before_acceptance_is_asked() -> None:
     assert "b a" in alive and "ba" not in alive and all(not re.search("[ab]{2}", t) for t in alive)
 
 
-def test_distances_are_the_fewest_tokens() -> None:
+def test_the_shortest_string_is_known() -> None:
     lm = TabularLM.random(".ab ", order=2, seed=4)
     space = Strings(4, Stops((0,), in_text=True), 4, tokenizer=lm.tokenizer)
     guide = DFAGuide(words(["ab", "a"]), space, lm.token_bytes)
-    assert int(guide.distance[0]) == 4  # "ab a" or "a ab", then "."
+    assert guide.fewest() in ((4, "ab a."), (4, "a ab."))
     rows = enumerate_objects(space, 0)
     accepted = {t for t, ok in zip(space.show(rows), (guide.score(rows) == 0).tolist(), strict=True) if ok}
     assert accepted == {"ab a.", "a ab."}
@@ -125,16 +127,17 @@ def test_distances_are_the_fewest_tokens() -> None:
     "make, says",
     [
         (lambda lm: including(lm, "a", contain=["abab"], stop=".", max_tokens=3),
-         "nothing satisfies 'contains abab' within 3 tokens: the shortest takes 4 tokens"),
+         "nothing satisfies 'contains abab' within 3 tokens: the shortest takes 4, e.g. 'abab.'"),
         (lambda lm: including(lm, "a", contain=["cab"], stop=".", max_tokens=9),
          "nothing satisfies 'contains cab' within 9 tokens: no string does"),
         (lambda lm: including(lm, "a", contain=["ab"], avoid=["Ab"], stop="."),
          "'ab' is both required and forbidden; drop it from one list"),
-        (lambda lm: including(lm, "a", contain=["a b"], stop="."), "'a b' is not one word of letters; give single"),
-        (lambda lm: including(lm, "a", avoid=[""], stop="."), "'' is not one word of letters"),
+        (lambda lm: including(lm, "a", contain=["a b"], avoid=["b"], stop="."),
+         "no text satisfies this: contains 'a b'; avoids b; its parts contradict each other, so drop one"),
+        (lambda lm: including(lm, "a", avoid=[""], stop="."), "avoid holds an empty phrase, which every text contains"),
         (lambda lm: including(lm, "a", stop="."), "give words to contain or to avoid"),
-        (lambda lm: with_words("rain"), "contain and avoid are lists of words; write ['rain'] instead of 'rain'"),
-        (lambda lm: words([chr(97 + i) * 3 for i in range(24)]), "words; require fewer words"),
+        (lambda lm: with_words("rain"), "contain is a list of phrases; write ['rain'] instead of 'rain'"),
+        (lambda lm: words([chr(97 + i) * 3 for i in range(24)]), "over 100,000 states; give fewer or shorter phrases"),
         (lambda lm: DFAGuide(max_word_length(1), Strings(4, Stops(), 2), []), "does not tell its tokens' bytes"),
     ],
 )  # fmt: skip

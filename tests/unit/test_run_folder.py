@@ -159,7 +159,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 @pytest.mark.parametrize("name, more", [
     ("smc", {"n": 4, "runs": 3}), ("importance", {"n": 4, "runs": 11}), ("best_of_n", {"n": 3, "draws": 5}),
     ("ancestral", {"n": 70}), ("mh", {"n": 65, "steps": 4, "keep": 2}), ("exact", {}),
-    ("rejection", {"n": 5, "runs": 2}),
+    ("rejection", {"n": 5, "runs": 2}), ("tempering", {"n": 65, "steps": 4, "keep": 2}),
+    ("annealed", {"n": 4, "runs": 3, "rungs": 2}), ("pimh", {"n": 4, "runs": 3, "steps": 4, "keep": 2}),
 ])  # fmt: skip
 def test_pieces_joined_are_one_answer(name, more):
     lm = rd.TabularLM.random(".ab", seed=2)
@@ -175,7 +176,8 @@ def test_pieces_joined_are_one_answer(name, more):
     for key, total in more.items():
         assert p.trace.settings.get(key, total) == total
     if name != "exact":
-        assert p.k == {"smc": 12, "importance": 44, "best_of_n": 5, "ancestral": 70, "mh": 130, "rejection": 10}[name]
+        assert p.k == {"smc": 12, "importance": 44, "best_of_n": 5, "ancestral": 70, "mh": 130, "rejection": 10,
+                       "tempering": 130, "annealed": 12, "pimh": 6}[name]  # fmt: skip
     assert [target.space.show(p.objects)[i] for i in range(p.m * p.k)] == list(p.shown)
     first = method.fn(target.on(target.problems[:2]), **calls[0].arguments, seed=calls[0].seed)
     if p.log_z is not None and first.log_z is not None:

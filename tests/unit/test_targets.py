@@ -252,5 +252,5 @@ def test_words_bind_to_a_model_and_print_themselves() -> None:
     assert target.factors["words"].version == "contains ab; avoids a" and target.guide is not None and target.guide.hard
     with pytest.raises(InputError, match="two factors are called 'words'"):
         target * with_words(["b"])
-    with pytest.raises(InputError, match="word constraints are about strings of a language model"):
+    with pytest.raises(InputError, match="constraints are about strings of a language model"):
         Target(target.space, target.problems, target.factors) * short_words(2)

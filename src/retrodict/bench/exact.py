@@ -21,6 +21,7 @@ from retrodict.testing.bugs_training import CAUGHT, TRAINING_BUGS, TrainingBug, 
 from retrodict.testing.gates import METHODS
 from retrodict.testing.oracle import Exact, enumerate_target
 from retrodict.testing.targets import Case, cases
+from retrodict.testing.testtime import all_bugs, all_pairs
 from retrodict.testing.trained import BAR as TV_BAR
 from retrodict.testing.trained import SHOWN, pairs, show, total_variation, train, training_targets
 
@@ -84,10 +85,10 @@ def run(seeds: int = 200, quick: bool = False) -> list[Row]:
         seeds: least number of independent runs behind a z-score (more where the s.e. of Z-hat asks for it).
         quick: one target of each kind.
     """
-    todo = cases(quick)
+    todo, pairs_of_rooms, bugs = cases(quick), all_pairs(quick), [*BUGS, *all_bugs()]
     rows: list[Row] = []
     training = len(pairs()) + len(TRAINING_BUGS) + len(SHOWN)
-    with _progress(len(todo) * len(METHODS) + len(BUGS) + training) as advance:
+    with _progress(len(todo) * len(METHODS) + len(pairs_of_rooms) + len(bugs) + training) as advance:
         for case in todo:
             exact = enumerate_target(case.target, case.policy)
             for method in METHODS:
@@ -95,7 +96,11 @@ def run(seeds: int = 200, quick: bool = False) -> list[Row]:
                 if method == "smc, no guide" and case.target.guide is None:
                     continue  # the same as with it
                 rows += method_rows(case, method, exact, seeds)
-        for bug in BUGS:
+        for pair in pairs_of_rooms:
+            advance(f"{pair.case.name}: {pair.method}")
+            gates = pair.run(seeds)
+            rows += [at_most(SUITE, pair.case.name, pair.method, g.metric, g.value, g.bar, g.note) for g in gates]
+        for bug in bugs:
             advance(f"planted: {bug.name}")
             rows.append(bug_row(bug, seeds))
         rows += training_rows(advance, quick)

@@ -1,8 +1,8 @@
 """One missing sentence, amortized on a CPU: ``recipes/infill_one.yaml`` at several seeds, against a long reference.
 
-Bars: E_q[log gamma/q] on fresh draws closes at least half of the prior's gap to log Z, and q has at least three times
-the prior's ESS as an importance proposal at equal draws. log Z is that of pooled SMC runs; MH chains give
-E[log gamma/q] under (nearly) the posterior, which bounds log Z from above and is only shown.
+Bar: E_q[log gamma/q] on fresh draws closes at least half of the prior's gap to log Z. The ESS of q as a proposal is
+shown beside the prior's at equal draws and not gated: a collapsed q has a full one. log Z is that of pooled SMC runs;
+MH chains give E[log gamma/q] under (nearly) the posterior, which bounds log Z from above and is only shown.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run(
         ratio, on = found["ESS share"] / base["ESS share"], f"{torch.get_num_threads()} threads"
         say(show_only(SUITE, name, method, "seconds of training", policy.about["seconds"], on),
             at_least(SUITE, name, method, "share of the prior's gap closed", share, 0.5),
-            at_least(SUITE, name, method, "ESS against the prior's", ratio, 3.0))  # fmt: skip
+            show_only(SUITE, name, method, "ESS against the prior's", ratio))  # fmt: skip
     return rows
 
 

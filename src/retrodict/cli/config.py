@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from retrodict.cli import values
+from retrodict.cli import constraints, values
 from retrodict.cli.targets import TARGETS, Kind, Method, import_path, kind_of, method_of, questions
 from retrodict.errors import InputError, nearest
 from retrodict.samplers.mh.kernels import KERNELS
-from retrodict.samplers.resampling import RESAMPLERS
+from retrodict.samplers.resampling import RESAMPLERS, STEERING
 from retrodict.samplers.table import SAMPLERS
 from retrodict.spaces.limits import LIMITS
 from retrodict.targets.problems import TextProblem
@@ -79,6 +79,10 @@ class Config:
     contain: list[str] | None = _key("target", values.WORDS, "words that must occur")
     avoid: list[str] | None = _key("target", values.WORDS, "words that must not occur")
     short_words: int | None = _key("target", values.whole(1), "no word longer than this many letters")
+    regex: str | None = _key("target", values.TEXT, "the whole text matches this regular expression")
+    one_of: list[str] | None = _key("target", values.WORDS, "the text is one of these")
+    json_schema: Any = _key("target", constraints.SCHEMA, "the text is JSON under this schema (recipe: or the schema)")
+    lark: str | None = _key("target", values.TEXT, "the text is in a Lark grammar's language: a file (or the grammar)")
     verifier: str | None = _key("target", values.TEXT, "a score of texts, my.module:fn, called as fn(texts, rows)")
     verifier_kind: str | None = _pick("target", KINDS, "what its numbers mean")
     verifier_beta: float | None = _key("target", values.POSITIVE, "reward: the factor is exp(reward / beta)")
@@ -89,11 +93,14 @@ class Config:
     )
     n: int | None = _key("sampler", values.whole(1), f"particles, draws or chains of a run (default {DEFAULT_N})")
     runs: int | None = _key("sampler", values.whole(1), "independent runs, for the interval")
-    ess_threshold: float | None = _key("sampler", values.SHARE, "smc: resample below this share of n")
-    resampling: str | None = _pick("sampler", RESAMPLERS, "smc: the scheme")
-    steps: int | None = _key("sampler", values.whole(1), "mh: steps of each chain")
-    kernel: str | None = _pick("sampler", KERNELS, "mh: what a step redoes")
-    keep: int | None = _key("sampler", values.whole(1), "mh: states kept of each chain")
+    ess_threshold: float | None = _key("sampler", values.SHARE, "smc, annealed, pimh: resample below this share of n")
+    resampling: str | None = _pick("sampler", (*RESAMPLERS, STEERING), "smc, annealed, pimh: the scheme")
+    beam: int | None = _key("sampler", values.whole(1), f"smc, {STEERING}: continuations of a particle")
+    ramp: int | None = _key("sampler", values.whole(0), "smc: moves until a tempered prior has its full exponent")
+    steps: int | None = _key("sampler", values.whole(1), "mh, tempering, pimh: steps of each chain; annealed: a rung")
+    rungs: int | None = _key("sampler", values.whole(1), "tempering, annealed: exponents from the policy to the target")
+    kernel: str | None = _pick("sampler", KERNELS, "mh, tempering, annealed: what a step redoes")
+    keep: int | None = _key("sampler", values.whole(1), "mh, tempering, pimh: states kept of each chain")
     draws: int | None = _key("sampler", values.whole(1), "best_of_n: how many bests")
     by: str | None = _key("sampler", values.TEXT, "best_of_n: the factor to rank by")
     log_bound: float | None = _key("sampler", values.FINITE, "rejection: log M >= log gamma/q")
@@ -244,7 +251,8 @@ def _flag(key: str, source: Source) -> str:
 
 # -- which keys are used --------------------------------------------------------------------------------------------
 
-FACTORS = ("contain", "avoid", "short_words", "verifier", "verifier_kind", "verifier_beta", "verifier_floor")
+FACTORS = ("contain", "avoid", "short_words", *constraints.KEYS, "verifier", "verifier_kind", "verifier_beta",
+           "verifier_floor")  # fmt: skip
 """Keys that multiply further factors into any target."""
 
 
@@ -360,6 +368,7 @@ def _factors(config: Any, source: Source) -> list[Any]:
         )  # the target makes its own; here only the words are checked
     if config.short_words is not None:
         out.append(short_words(config.short_words))
+    out += constraints.constraints(config, source.at)
     if config.verifier is not None:
         fn = import_path(config.verifier, source.at("verifier"))
         more: dict[str, Any] = {} if config.verifier_beta is None else {"beta": config.verifier_beta}

@@ -25,7 +25,7 @@ BATCH = 32
 """Draws or chains that a piece has at least, where these are what is split."""
 SPLIT: dict[str, tuple[str, int]] = {
     "importance": ("runs", 1), "rejection": ("runs", 1), "smc": ("runs", 1), "best_of_n": ("draws", 1),
-    "ancestral": ("n", BATCH), "mh": ("n", BATCH),
+    "ancestral": ("n", BATCH), "mh": ("n", BATCH), "tempering": ("n", BATCH),
 }  # fmt: skip
 """Which count of a sampler is split, and how much of it a piece has at least."""
 PRIME = 1_000_003
@@ -157,9 +157,10 @@ def _join_traces(traces: Sequence[Trace], m: Sequence[int], runs: bool) -> Trace
         for k, x in t.counts.items():
             counts[k] = max(counts.get(k, 0.0), x) if k == "steps" else counts.get(k, 0.0) + x
     if runs:
-        for key in ("n", "runs", "draws"):
+        for key in ("n", "runs", "draws", "chains"):
             told = [t.settings.get(key) for t in traces]
-            if all(isinstance(x, int) for x in told) and _is_split(traces[0].method, key):
+            split = key == "chains" or _is_split(traces[0].method, key)
+            if all(isinstance(x, int) for x in told) and split:
                 settings[key] = sum(x for x in told if isinstance(x, int))
     return Trace(
         traces[0].method, settings, join("ess", steps), join("resampled", steps), join("roots", None),

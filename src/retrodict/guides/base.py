@@ -16,6 +16,8 @@ class BaseGuide:
     """psi = 1: the defaults that guides override."""
 
     hard = False
+    by_test = False
+    """Whether psi is asked for one text at a time, so that proposals test tokens (AWRS) instead of masking them."""
 
     def start(self, problem: Int[Tensor, " b"]) -> Any:
         """Carry of b empty objects."""
@@ -48,6 +50,10 @@ class BaseGuide:
     def log_end(self, c: Any, s: State) -> Float[Tensor, "b s"] | None:
         """log-value of stopping now, where known."""
         return None
+
+    def remarks(self, rollouts: Rollouts) -> tuple[str, ...]:
+        """What a reader of a sampler's answer should know about the guide; samplers put it in their notes."""
+        return ()
 
 
 class ProductGuide(BaseGuide):
@@ -92,6 +98,55 @@ class ProductGuide(BaseGuide):
     def log_end(self, c: list[Any], s: State) -> Float[Tensor, "b s"] | None:
         """Sum over the guides that know."""
         return _sum([g.log_end(x, s) for g, x in zip(self.guides, c, strict=True)])
+
+    def remarks(self, rollouts: Rollouts) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(note for g in self.guides if isinstance(g, BaseGuide) for note in g.remarks(rollouts))
+
+
+def product(*guides: Guide) -> Guide:
+    """The product of guides. Those of one kind that can ``meet`` become one guide of that kind.
+
+    A product of masks only asks each of them whether *it* can still be satisfied; one mask of the conjunction asks
+    whether all can together.
+    """
+    parts: list[Guide] = []
+    for g in (x for guide in guides for x in (guide.guides if isinstance(guide, ProductGuide) else [guide])):
+        same = next((i for i, p in enumerate(parts) if type(p) is type(g) and hasattr(p, "meet")), None)
+        if same is None:
+            parts.append(g)
+        else:
+            parts[same] = parts[same].meet(g)  # pyright: ignore[reportAttributeAccessIssue]
+    return parts[0] if len(parts) == 1 else ProductGuide(*parts)
+
+
+def parts(guide: Guide, c: Any = None) -> list[tuple[Guide, Any]]:
+    """The factors of a guide with their carries; a guide that is no product is its only factor."""
+    if not isinstance(guide, ProductGuide):
+        return [(guide, c)]
+    carries = [None] * len(guide.guides) if c is None else c
+    return [pair for g, x in zip(guide.guides, carries, strict=True) for pair in parts(g, x)]
+
+
+def hard_part(guide: Guide | None) -> Guide | None:
+    """The product of a guide's hard factors; None where it has none."""
+    if guide is None or guide.hard:
+        return guide
+    hard = [g for g, _ in parts(guide) if g.hard]
+    return None if not hard else hard[0] if len(hard) == 1 else ProductGuide(*hard)
+
+
+def seen(guide: Guide, policy: Any, c: Any, carry: Any) -> Any:
+    """A guide's carry after it has seen the pass of a policy whose model it shares.
+
+    A guide that reads a model's own pass (a head on the prior's hidden states) has ``reads(policy) -> bool``, whether
+    that policy is its model, and ``see(c, carry) -> Carry``, called with the policy's carry after every start, step
+    and take. Samplers that step a guide beside a policy call this; other guides never notice.
+    """
+    if isinstance(guide, ProductGuide):
+        return [seen(g, policy, x, carry) for g, x in zip(guide.guides, c, strict=True)]
+    reads = hasattr(guide, "reads") and guide.reads(policy)  # pyright: ignore[reportAttributeAccessIssue]
+    return guide.see(c, carry) if reads else c  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _sum(parts: list[Tensor | None]) -> Tensor | None:

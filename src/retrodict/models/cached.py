@@ -99,10 +99,11 @@ class CachedLM:
         pos = torch.arange(t, device=self.device).expand(r, t)
         self._count(ids)
         x, k, v = self._run(ids, pos, t, None, None)
-        last = self._head(x[torch.arange(r, device=self.device), n - 1])
+        state = x[torch.arange(r, device=self.device), n - 1]
+        last = self._head(state)
         shape = (*k.shape[:3], t + room, k.shape[4])
         cache = KVCache(k.new_zeros(shape), v.new_zeros(shape), torch.zeros(r, t + room, dtype=torch.bool,
-                        device=self.device), 0, torch.zeros_like(n), last)  # fmt: skip
+                        device=self.device), 0, torch.zeros_like(n), last, state=state)  # fmt: skip
         cache.append(k, v, pos < n[:, None])
         return cache, last
 
@@ -123,7 +124,8 @@ class CachedLM:
         u = cache.used
         x, k, v = self._run(ids[:, None], cache.pos[:, None], 1, cache, cache.valid[:, None, :u])
         cache.append(k, v, torch.ones(len(ids), 1, dtype=torch.bool, device=ids.device))
-        cache.last = self._head(x[:, 0])
+        cache.state = x[:, 0]
+        cache.last = self._head(cache.state)
         return cache, cache.last
 
     def take(self, cache: KVCache, index: Int[Tensor, " r2"]) -> KVCache:
@@ -154,6 +156,30 @@ class CachedLM:
         x, _, _ = self._run(ids[:, :-1], part.pos[:, None] + steps, block, part, seen, keep=False)
         rest = self._log_p(x.flatten(0, 1), ids[:, 1:].flatten())
         return torch.cat([first, rest.view(len(ids), -1)], 1)
+
+    # -- hidden states ------------------------------------------------------------------------------------------
+
+    def state(self, cache: KVCache) -> Float[Tensor, "r e"]:
+        """What the head read after each row's last token (whole logits for a model whose head is not apart)."""
+        assert cache.state is not None
+        return cache.state
+
+    @torch.no_grad()
+    def states(
+        self, prompts: Sequence[Sequence[int]], moves: Int[Tensor, "b t"], n: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b t1 e"]:
+        """What the head reads after each prefix, in one pass; entries past n are meaningless."""
+        distinct, index = unique_rows(prompts)
+        cache, _ = self.encode(distinct, room=moves.shape[1])
+        cache = cache.take(torch.tensor(index, device=self.device))
+        first = self.state(cache)[:, None]
+        if not moves.shape[1]:
+            return first
+        return torch.cat([first, self.extend(cache, moves.to(self.device), n.to(self.device))[1]], 1)
+
+    def logits(self, state: Float[Tensor, "c e"]) -> Float[Tensor, "c v"]:
+        """Logits of hidden states."""
+        return self._head(state)
 
     # -- teacher forcing ----------------------------------------------------------------------------------------
 

@@ -74,7 +74,8 @@ class StepGraph:
             a = torch.bmm(p, values)
             x = x + layer.out(a.reshape(r, 1, -1), model.adapter)
             x = x + model._mlp(layer, rms_norm(x, layer.norm2, w.eps))
-        return model._head(rms_norm(x, w.norm, w.eps)[:, 0])
+        self.state = rms_norm(x, w.norm, w.eps)[:, 0]
+        return model._head(self.state)
 
     @property
     def free(self) -> bool:
@@ -91,7 +92,8 @@ class StepGraph:
         self.valid.zero_()
         self.valid[:, 0] = True  # idle rows must see something
         self.valid[:r, :u] = valid
-        new = KVCache(self.k[:, :r], self.v[:, :r], self.valid[:r], u, pos, last, graph=self)
+        state = None if cache.state is None else cache.state[index]
+        new = KVCache(self.k[:, :r], self.v[:, :r], self.valid[:r], u, pos, last, graph=self, state=state)
         self.owner = weakref.ref(new)
         return new
 
@@ -103,7 +105,7 @@ class StepGraph:
         self.graph.replay()
         cache.used += 1
         cache.pos = cache.pos + 1
-        cache.last = self.logits[:r]
+        cache.last, cache.state = self.logits[:r], self.state[:r]
         return cache.last
 
 

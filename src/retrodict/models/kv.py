@@ -23,7 +23,7 @@ class KVCache:
         valid: which columns hold a token of the row.
         used: columns in use (the same for all rows).
         pos: next position of each row.
-        last: logits after each row's last token.
+        last: logits after each row's last token, and ``state`` what the head read to make them.
         graph: the CUDA graph whose buffers these are, if any.
     """
 
@@ -34,6 +34,7 @@ class KVCache:
     pos: Int[Tensor, " r"]
     last: Float[Tensor, "_ v"]
     graph: Any = None
+    state: Float[Tensor, "_ e"] | None = None
 
     @property
     def rows(self) -> int:
@@ -69,4 +70,5 @@ class KVCache:
         u = self.used
         k[:, :, :, :u] = self.k[:, :, :, :u].index_select(1, index)
         v[:, :, :, :u] = self.v[:, :, :, :u].index_select(1, index)
-        return KVCache(k, v, self.valid[index], u, self.pos[index], self.last[index])
+        state = None if self.state is None else self.state[index]
+        return KVCache(k, v, self.valid[index], u, self.pos[index], self.last[index], state=state)

@@ -135,6 +135,25 @@ class TabularLM:
             cache, _ = self.step(cache, ids[:, j])
         return torch.cat(out, 1)
 
+    def state(self, cache: TableCache) -> Float[Tensor, "r e"]:
+        """A table's hidden state: its history, one-hot."""
+        return torch.nn.functional.one_hot(cache.history, self.vocab_size + 1).flatten(1).to(self.table.dtype)
+
+    def states(
+        self, prompts: Sequence[Sequence[int]], moves: Int[Tensor, "b t"], n: Int[Tensor, " b"]
+    ) -> Float[Tensor, "b t1 e"]:
+        """The state after each prefix."""
+        cache, _ = self.encode(prompts)
+        out = [self.state(cache)]
+        for i in range(moves.shape[1]):
+            cache, _ = self.step(cache, moves[:, i])
+            out.append(self.state(cache))
+        return torch.stack(out, 1)
+
+    def logits(self, state: Float[Tensor, "c e"]) -> Float[Tensor, "c v"]:
+        """Logits of such states."""
+        return self._logits(state.view(len(state), self.order, -1).argmax(-1))
+
     def score(
         self,
         prompts: Sequence[Sequence[int]],

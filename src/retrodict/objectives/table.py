@@ -17,6 +17,7 @@ from retrodict.objectives.rtb import rtb
 from retrodict.objectives.sir import sir
 from retrodict.objectives.subtb import subtb
 from retrodict.objectives.tb import tb
+from retrodict.objectives.twists import ctl, fudge, sixo, softq
 from retrodict.objectives.vargrad import vargrad
 
 Objective = Callable[..., tuple[Tensor, dict[str, float]]]
@@ -38,6 +39,8 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+TWISTS: dict[str, Objective] = {"ctl": ctl, "softq": softq, "sixo": sixo, "fudge": fudge}
+"""Those that fit a twist: they need a policy whose scores have ``log_psi`` (``policies.twisted``)."""
 NEED_PREFIXES = ("pooled", "subtb", "db")
 """Those that live on the values of every prefix."""
 WITH_LOG_Z = ("tb", "rtb", "subtb", "db")
@@ -45,7 +48,8 @@ WITH_LOG_Z = ("tb", "rtb", "subtb", "db")
 
 
 def objective(name: str) -> Objective:
-    """An objective by name. Raises InputError for an unknown one."""
-    if name not in OBJECTIVES:
-        raise InputError(f"unknown objective {name!r}{nearest(name, OBJECTIVES)}")
-    return OBJECTIVES[name]
+    """An objective by name, a twist's too. Raises InputError for an unknown one."""
+    every = {**OBJECTIVES, **TWISTS}
+    if name not in every:
+        raise InputError(f"unknown objective {name!r}{nearest(name, every)}")
+    return every[name]

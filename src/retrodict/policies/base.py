@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,6 +57,39 @@ def choose(
     none = log_move.gather(1, move[:, None]).squeeze(1) == NEG_INF  # nothing but stops, whose mass may round below one
     stops = (coin < stop_mass.double().exp()) | (none & (stop_mass > NEG_INF))
     return move, torch.where(stops, stop, -1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A move or a stop drawn in each of b states.
+
+    Attributes:
+        move: the move (any legal one where a stop was drawn).
+        stop: the stop, -1 where a move was drawn.
+        log_b: log density of what was drawn; or, of a policy that draws by itself, log p - log w-hat with
+            E[w-hat 1[v]] = p(v) psi(v), +inf for weight 0: it stands where a density would, and weights stay unbiased.
+        log_q: log-probability of the move, and ``log_stop`` of every stop, under the policy itself.
+    """
+
+    move: Int[Tensor, " b"]
+    stop: Int[Tensor, " b"]
+    log_b: Float[Tensor, " b"]
+    log_q: Float[Tensor, " b"]
+    log_stop: Float[Tensor, "b s"]
+
+
+def drawn(
+    log_move: Float[Tensor, "b v"],
+    log_stop: Float[Tensor, "b s"],
+    move: Int[Tensor, " b"],
+    stop: Int[Tensor, " b"],
+    behaviour: tuple[Tensor, Tensor] | None = None,
+) -> Drawn:
+    """The record of a draw from a listed distribution, or from a ``behaviour`` of it."""
+    b_move, b_stop = behaviour or (log_move, log_stop)
+    log_b = torch.where(stop < 0, b_move.gather(1, move[:, None]).squeeze(1),
+                        b_stop.gather(1, stop[:, None].clamp_min(0)).squeeze(1))  # fmt: skip
+    return Drawn(move, stop, log_b, log_move.gather(1, move[:, None]).squeeze(1), log_stop)
 
 
 def tempered(log_move: Tensor, log_stop: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -259,33 +293,30 @@ def rollout(
     extra: dict[str, Tensor] = {}
     while len(rows):
         menu = space.menu(s)
-        log_move, log_stop = policy.log_probs(c, s, menu)
+        d = _draw(policy, c, s, menu, gen, temperature, epsilon)
         if tape is None:
-            tape = Tape(problem, log_stop.shape[1], space.max_moves, log_stop.dtype)
+            tape = Tape(problem, d.log_stop.shape[1], space.max_moves, d.log_stop.dtype)
             if prefix is not None:
                 _keep(tape, *prefix, record_raw)
         raw = policy.log_probs(c, s, menu, raw=True) if record_raw else None
-        tape.at_state(rows, n, menu, log_stop, raw[1] if raw else None)
-        b_move, b_stop = explored(*tempered(log_move, log_stop, temperature), menu, epsilon)
-        move, stop = choose(b_move, b_stop, gen)
-        ends = stop >= 0
-        tape.n[rows], tape.stop[rows] = n, stop.clamp_min(0)
-        tape.log_b[rows[ends], n[ends]] = b_stop[ends].gather(1, stop[ends, None]).squeeze(1)
+        tape.at_state(rows, n, menu, d.log_stop, raw[1] if raw else None)
+        ends = d.stop >= 0
+        tape.n[rows], tape.stop[rows] = n, d.stop.clamp_min(0)
+        tape.log_b[rows, n] = d.log_b
         if at_end is not None and ends.any():
             index = ends.nonzero().squeeze(1)
-            for name, value in at_end(c, index, problem[rows[index]], stop[index]).items():
+            for name, value in at_end(c, index, problem[rows[index]], d.stop[index]).items():
                 extra.setdefault(name, value.new_zeros(len(problem)))[rows[index]] = value
         on = (~ends).nonzero().squeeze(1)
-        rows, n, move = rows[on], n[on], move[on]
+        rows, n, move = rows[on], n[on], d.move[on]
         if not len(rows):
             break
         tape.moves[rows, n] = move
         forced = menu.must[on] == MUST_MOVE
         tape.kind[rows, n] = torch.where(forced, FORCED, FREE).to(torch.int8)
-        pick = (on, move)
-        tape.log_q[rows, n], tape.log_b[rows, n] = log_move[pick], b_move[pick]
+        tape.log_q[rows, n] = d.log_q[on]
         if raw is not None:
-            tape.log_p[rows, n] = torch.where(forced, 0.0, raw[0][pick])
+            tape.log_p[rows, n] = torch.where(forced, 0.0, raw[0][on, move])
         if len(on) < len(menu.must):
             c, s = policy.take(c, on), space.take(s, on)
         c, s = policy.step(c, s, move), space.step(s, move)
@@ -294,6 +325,19 @@ def rollout(
     if tape is None:
         raise ValueError("no rows to sample")
     return tape.rollouts(record_raw, behaviour).with_terms(extra)
+
+
+def _draw(
+    policy: FiniteStepper, c: Carry, s: State, menu: Menu, gen: torch.Generator, temperature: float, epsilon: float
+) -> Drawn:
+    """One draw a row from the behaviour; by the policy itself where it has its own way (``propose``)."""
+    if hasattr(policy, "propose"):
+        if (temperature, epsilon) != (1.0, 0.0):
+            raise InputError(f"{type(policy).__name__} draws by itself, at temperature 1; temper what it draws from")
+        return policy.propose(c, s, menu, gen)  # pyright: ignore[reportAttributeAccessIssue]
+    log_move, log_stop = policy.log_probs(c, s, menu)
+    behaviour = explored(*tempered(log_move, log_stop, temperature), menu, epsilon)
+    return drawn(log_move, log_stop, *choose(*behaviour, gen), behaviour)
 
 
 def _keep(tape: Tape, old: Rollouts, cut: Tensor, record_raw: str | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrodict.guides.base import seen
 from retrodict.numerics import NEG_INF
 from retrodict.policies.base import FiniteStepper
 from retrodict.protocols import Carry, Guide, Problems, State
@@ -52,6 +53,10 @@ class GuidedPolicy(FiniteStepper):
         self.base, self.guide = base, guide
         self.space, self.problems = base.space, base.problems
 
+    def _pair(self, base: Carry, guide: Carry) -> GuidedCarry:
+        """Both carries, the guide's after it has seen the base's pass."""
+        return GuidedCarry(base, seen(self.guide, self.base, guide, base))
+
     def on(self, problems: Problems) -> GuidedPolicy:
         """The same policy and guide on other problems."""
         base = self.base.on(problems) if hasattr(self.base, "on") else self.base  # pyright: ignore[reportAttributeAccessIssue]
@@ -60,11 +65,11 @@ class GuidedPolicy(FiniteStepper):
 
     def start(self, problem: Int[Tensor, " b"]) -> GuidedCarry:
         """Start both."""
-        return GuidedCarry(self.base.start(problem), self.guide.start(problem))
+        return self._pair(self.base.start(problem), self.guide.start(problem))
 
     def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> GuidedCarry:
         """Replay both."""
-        return GuidedCarry(self.base.start_at(rollouts, upto), self.guide.start_at(rollouts, upto))
+        return self._pair(self.base.start_at(rollouts, upto), self.guide.start_at(rollouts, upto))
 
     def log_probs(self, c: GuidedCarry, s: State, menu: Menu, raw: bool = False) -> tuple[Tensor, Tensor]:
         """The bent distribution; ``raw`` is the base's."""
@@ -75,8 +80,8 @@ class GuidedPolicy(FiniteStepper):
 
     def step(self, c: GuidedCarry, s: State, move: Tensor) -> GuidedCarry:
         """Step both."""
-        return GuidedCarry(self.base.step(c.base, s, move), self.guide.step(c.guide, s, move))
+        return self._pair(self.base.step(c.base, s, move), self.guide.step(c.guide, s, move))
 
     def take(self, c: GuidedCarry, index: Tensor) -> GuidedCarry:
         """Rows ``index``."""
-        return GuidedCarry(self.base.take(c.base, index), self.guide.take(c.guide, index))
+        return self._pair(self.base.take(c.base, index), self.guide.take(c.guide, index))

@@ -265,7 +265,7 @@ def _steps(m: str, p: Particles, q: int, fill: str, named: bool) -> list[str]:
     if t.ess is not None and t.ess.numel():
         per = t.ess.shape[1] // p.m
         mine = slice(q * per, (q + 1) * per)
-        n = int(t.settings.get("n") or (t.ancestors.shape[2] if t.ancestors is not None else p.k))
+        n = int(t.ancestors.shape[2] if t.ancestors is not None else t.settings.get("n") or p.k)
         did = t.resampled[:, mine].T.tolist() if t.resampled is not None else [[False] * len(t.ess)] * per
         share = t.settings.get("ess_threshold")
         mark = n * float(share) if isinstance(share, (int, float)) and share > 0 else None

@@ -12,10 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retrodict.errors import InputError
+from retrodict.guides.base import BaseGuide, hard_part, parts
 from retrodict.numerics import NEG_INF, at_end
 from retrodict.particles import Particles
+from retrodict.policies.awrs import AWRS
 from retrodict.policies.base import FiniteStepper, rollout
 from retrodict.policies.guided import GuidedPolicy
+from retrodict.policies.tempered import TemperedPolicy
 from retrodict.protocols import Policy
 from retrodict.records import Rollouts, Trace, cat_rollouts
 from retrodict.targets.algebra import Target
@@ -27,14 +30,20 @@ BATCH = 512
 """Rows drawn at once by samplers without interaction."""
 
 
-def proposal(target: Target, policy: FiniteStepper | None) -> FiniteStepper:
-    """The policy to draw from: the caller's, or the prior, bent by the target's guide where that lists moves."""
+def proposal(target: Target, policy: FiniteStepper | None, soft: bool = False) -> FiniteStepper:
+    """The policy to draw from: the caller's, or the prior, bent by the target's guide.
+
+    Only hard factors of the guide bend it, unless ``soft``: then all that list their moves do. Where one of them is a
+    test (a predicate on text) tokens are drawn by weighted rejection, otherwise they are masked.
+    """
     if policy is None:
         if target.prior is None:
             raise InputError("this target has no prior to draw from; give a policy")
-        policy = (
-            target.prior if target.guide is None or not target.guide.hard else GuidedPolicy(target.prior, target.guide)
-        )
+        guide = target.guide if soft else hard_part(target.guide)
+        policy = target.prior
+        if guide is not None:
+            tests = any(getattr(g, "by_test", False) for g, _ in parts(guide))
+            policy = AWRS(policy, guide) if tests else GuidedPolicy(policy, guide)
     if policy.space is not target.space and policy.space != target.space:
         raise InputError("the policy draws from another space than the target's; build both from one space")
     return policy
@@ -45,12 +54,19 @@ def base_of(policy: FiniteStepper) -> FiniteStepper:
     return policy.base if isinstance(policy, GuidedPolicy) else policy
 
 
+def model_of(policy: FiniteStepper) -> FiniteStepper:
+    """The policy whose raw log-probabilities and carry are those of ``policy``: what is bent, what is tempered."""
+    base = base_of(policy)
+    tempered = isinstance(base, TemperedPolicy) and not isinstance(base.base, GuidedPolicy)
+    return base.base if tempered else base  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def prior_name(target: Target, policy: FiniteStepper) -> str | None:
     """The name of the prior's term where the policy's own model is that prior: p is then read off q's pass."""
     prior = target.prior
     if prior is None or "prior" not in target.factors:
         return None
-    base = base_of(policy)
+    base = model_of(policy)
     same = base is prior or (
         type(base) is type(prior)
         and getattr(base, "version", 0) == getattr(prior, "version", 1)
@@ -104,7 +120,7 @@ def fresh(
 ) -> Rollouts:
     """One batch of draws, with every term that the drawing passes give for nothing: the prior off q's own pass, the
     likelihood off the caches of the strings that end."""
-    name, base = prior_name(target, policy), base_of(policy)
+    name, base = prior_name(target, policy), model_of(policy)
     cheap = {f: t for f, t in target.factors.items() if hasattr(t, "at_end")}
 
     def at_end(c: Any, index: Tensor, rows: Tensor, stop: Tensor) -> dict[str, Tensor]:
@@ -158,10 +174,10 @@ def finish(
     log_z: Float[Tensor, "m r"] | None,
     trace: Trace,
     began: float,
-    tokens: tuple[int, int] = (0, 0),
+    tokens: tuple[int, int, int] = (0, 0, 0),
 ) -> Particles:
     """Put the answer together; say which factor zeroed a problem's weights."""
-    notes = list(trace.notes)
+    notes = [*trace.notes, *(target.guide.remarks(rollouts) if isinstance(target.guide, BaseGuide) else ())]
     dead = (log_w == NEG_INF).all(1)
     k = log_w.shape[1]
     for p in dead.nonzero().flatten().tolist():
@@ -172,6 +188,8 @@ def finish(
     if model is not None:
         counts["tokens"] = model.tokens_run - tokens[0]
         counts["forwards"] = model.forwards - tokens[1]
+    if (checks := _checks(target)) is not None:
+        counts["checks"] = checks - tokens[2]
     rollouts = rollouts.to("cpu")
     space = target.space
     return Particles(
@@ -189,10 +207,16 @@ def _lm(target: Target) -> Any:
     return getattr(base_of(target.prior), "lm", None) if target.prior is not None else None
 
 
-def meter(target: Target) -> tuple[int, int]:
-    """Tokens and forwards run so far by the target's model."""
-    model = _lm(target)
-    return (0, 0) if model is None else (model.tokens_run, model.forwards)
+def _checks(target: Target) -> int | None:
+    """Texts that the target's tests were asked about so far; None where it has none."""
+    tests = [] if target.guide is None else [g for g, _ in parts(target.guide) if hasattr(g, "checks")]
+    return sum(g.checks for g in tests) if tests else None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def meter(target: Target) -> tuple[int, int, int]:
+    """Tokens and forwards run so far by the target's model, and texts its tests were asked about."""
+    model, checks = _lm(target), _checks(target) or 0
+    return (0, 0, checks) if model is None else (model.tokens_run, model.forwards, checks)
 
 
 def rows_for(target: Target, per_problem: int, device: torch.device) -> Tensor:

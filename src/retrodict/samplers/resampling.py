@@ -1,7 +1,9 @@
 """Resampling schemes: unbiased counts, E[#copies of i] = n W_i, in float64.
 
 Multinomial; stratified and systematic (Kitagawa 1996; Carpenter et al. 1999); residual (Liu and Chen 1998, with
-multinomial remainders). Compared in Douc, Cappe and Moulines (2005).
+multinomial remainders). Compared in Douc, Cappe and Moulines (2005). Without replacement, from more candidates than are
+kept: Fearnhead and Clifford (2003, section 3.2), which SMC steering uses after cloning (Lew et al. 2023, arXiv
+2306.03081, algorithm 2).
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from retrodict.numerics import invert_cdf
@@ -53,6 +55,47 @@ def residual(weights: Float[Tensor, "p n"], gen: torch.Generator) -> Int[Tensor,
     certain = torch.searchsorted(ends, grid, right=True)
     return torch.where(certain < n, certain, fill)
 
+
+def without_replacement(
+    weights: Float[Tensor, "p k"], n: int, gen: torch.Generator
+) -> tuple[Int[Tensor, "p n"], Float[Tensor, "p n"]]:
+    """n of k particles, none twice, with new weights of the same sum and E[new weight of i] = W_i.
+
+    With c such that sum_i min(1, c W_i) = n, particles of c W >= 1 stay as they are; of the others each stays with
+    probability c W_i, by one systematic draw, and then weighs 1/c. Of all schemes that is the one of least expected
+    squared error of the weights. Where no more than n have weight, they stay, and the places left weigh 0.
+    """
+    w = weights.double()
+    top, order = w.sort(-1, descending=True)
+    rest = top.flip(-1).cumsum(-1).flip(-1)  # what is left when the j heaviest stay as they are
+    j = torch.arange(n, device=w.device)
+    thin = (n - j) * top[:, :n] < rest[:, :n]  # then c W < 1 for the heaviest of the rest
+    few = ~thin.any(-1)
+    sure = torch.where(few, n, thin.to(torch.int8).argmax(-1))
+    c = (n - sure) / rest.gather(1, sure.clamp_max(n - 1)[:, None]).squeeze(1).clamp_min(torch.finfo(w.dtype).tiny)
+    others = torch.where(torch.arange(w.shape[1], device=w.device) < sure[:, None], 0.0, top)
+    place = (j - sure[:, None]).clamp_min(0)
+    u = (place + _uniform(len(w), 1, gen)) / (n - sure).clamp_min(1)[:, None]
+    drawn = invert_cdf(others, u)
+    pick = torch.where(j < sure[:, None], j, drawn)
+    weight = torch.where(j < sure[:, None], top[:, :n], (1 / c)[:, None])
+    return order.gather(1, pick), weight
+
+
+def fan_out(
+    index: Int[Tensor, "p n"], weight: Float[Tensor, "p n"], grows: Bool[Tensor, "p n"], beam: int
+) -> tuple[Int[Tensor, "p k"], Float[Tensor, "p k"]]:
+    """``beam`` clones of every particle that grows, each with its share of the weight, in k = n * beam slots.
+
+    A finished particle keeps one slot; its others are empty (weight 0).
+    """
+    first = torch.arange(beam, device=index.device) == 0
+    share = torch.where(grows[:, :, None], weight[:, :, None] / beam, weight[:, :, None] * first)
+    return index.repeat_interleave(beam, 1), share.flatten(1)
+
+
+STEERING = "without_replacement"
+"""The scheme that needs more candidates than it keeps."""
 
 RESAMPLERS: dict[str, Scheme] = {
     "multinomial": multinomial,

@@ -13,8 +13,6 @@ grows: never on the last step.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,23 +21,20 @@ from torch import Tensor
 from retrodict.errors import InputError, nearest
 from retrodict.numerics import NEG_INF, at_end, ess, log_mean_exp, normalise, safe_sub
 from retrodict.particles import Particles
-from retrodict.policies.base import FiniteStepper, Tape, choose
-from retrodict.policies.guided import GuidedPolicy, bend
-from retrodict.protocols import Guide
-from retrodict.records import FORCED, FREE, MUST_MOVE, Menu, Rollouts, Trace
+from retrodict.policies.base import FiniteStepper, Tape
+from retrodict.records import FORCED, FREE, MUST_MOVE, Rollouts, Trace
 from retrodict.rng import generator
 from retrodict.samplers.common import (
     OnStep,
-    base_of,
     device_of,
     finish,
     meter,
     positive,
-    prior_name,
     proposal,
     rows_for,
 )
-from retrodict.samplers.resampling import RESAMPLERS
+from retrodict.samplers.resampling import RESAMPLERS, STEERING, fan_out, without_replacement
+from retrodict.samplers.walk import Held, Look, Walk
 from retrodict.targets.algebra import Target, temper
 
 
@@ -52,6 +47,8 @@ def smc(
     runs: int = 4,
     ess_threshold: float = 0.5,
     resampling: str = "systematic",
+    beam: int = 1,
+    ramp: int = 0,
     on_step: OnStep | None = None,
 ) -> Particles:
     """n particles a run and problem; all runs and problems advance together in one batch.
@@ -63,13 +60,16 @@ def smc(
         seed: one seed, one result.
         runs: independent populations of each problem (for the interval of the evidence).
         ess_threshold: resample where ESS < threshold * n; 0 never resamples, 1 at every step.
-        resampling: ``systematic | stratified | residual | multinomial``.
+        resampling: ``systematic | stratified | residual | multinomial``, or ``without_replacement`` with a ``beam``.
+        beam: SMC steering: every growing particle goes on as this many clones, and the n * beam candidates are then
+            thinned to n without replacement. The answer has n * beam slots a run, empty ones of weight 0.
+        ramp: moves over which the prior's exponent rises from 1 to the target's in the intermediate targets.
         on_step: progress callback.
 
     Raises:
-        InputError: an unknown resampling scheme, or a count below one.
+        InputError: an unknown resampling scheme, a beam without its scheme, a ramp to no exponent, a count below one.
     """
-    return _Run(target, policy, n, seed, runs, ess_threshold, resampling, on_step, None).go()
+    return _Run(target, policy, n, seed, runs, ess_threshold, resampling, on_step, None, beam, ramp).go()
 
 
 def conditional_smc(
@@ -81,6 +81,7 @@ def conditional_smc(
     seed: int,
     runs: int = 1,
     ess_threshold: float = 0.5,
+    ramp: int = 0,
     on_step: OnStep | None = None,
 ) -> Particles:
     """SMC with slot 0 of every population held to an exact posterior sample (Andrieu, Doucet and Holenstein 2010).
@@ -99,84 +100,43 @@ def conditional_smc(
         raise InputError(
             f"conditional SMC needs one exact sample a problem ({m}) or population ({m * runs}), got {len(exact)}"
         )
-    return _Run(target, policy, n, seed, runs, ess_threshold, "multinomial", on_step, exact).go()
-
-
-@dataclass
-class _Step:
-    """What one step of the growing rows needs."""
-
-    rows: Int[Tensor, " a"]
-    menu: Menu
-    log_move: Float[Tensor, "a v"]
-    log_stop: Float[Tensor, "a s"]
-    raw: tuple[Tensor, Tensor] | None
+    return _Run(target, policy, n, seed, runs, ess_threshold, "multinomial", on_step, exact, ramp=ramp).go()
 
 
 class _Run:
-    """One call of SMC: the state of all populations, and the loop."""
+    """One call of SMC: the weights of all populations, and the loop. Slots of a population: n, times ``beam``."""
 
-    def __init__(self, target: Target, policy: FiniteStepper | None, n: int, seed: int, runs: int, threshold: float,
-                 resampling: str, on_step: OnStep | None, exact: Rollouts | None) -> None:  # fmt: skip
-        positive(n=n, runs=runs)
-        if resampling not in RESAMPLERS:
-            raise InputError(f"unknown resampling {resampling!r}{nearest(resampling, RESAMPLERS)}")
+    def __init__(
+        self, target: Target, policy: FiniteStepper | None, n: int, seed: int, runs: int, threshold: float,
+        resampling: str, on_step: OnStep | None, exact: Rollouts | None, beam: int = 1, ramp: int = 0,
+    ) -> None:  # fmt: skip
+        positive(n=n, runs=runs, beam=beam)
+        if resampling not in (known := (*RESAMPLERS, STEERING)):
+            raise InputError(f"unknown resampling {resampling!r}{nearest(resampling, known)}")
+        if (beam > 1) != (resampling == STEERING):
+            raise InputError(f"resampling={STEERING!r} and a beam of 2 or more go together; give both or neither")
         if not 0 <= threshold <= 1:
             raise InputError(f"ess_threshold is a share of n between 0 and 1, not {threshold}")
-        self.target, self.n, self.runs, self.threshold = target, n, runs, threshold
-        self.scheme, self.on_step, self.exact = RESAMPLERS[resampling], on_step, exact
-        full = proposal(target, policy)
-        self.base = base_of(full)
-        self.bends: Guide | None = full.guide if isinstance(full, GuidedPolicy) else None
-        self.guide: Guide | None = target.guide
-        if policy is None and self.bends is None:
-            self.bends = self.guide  # a soft guide that lists moves proposes too
-        self.name = prior_name(target, full)
-        self.prior = target.prior if self.name is None else None  # stepped on its own only where q has another model
         self.beta = target.betas.get("prior", 1.0)
+        if ramp < 0 or ramp and (target.prior is None or self.beta == 1.0):
+            raise InputError(
+                f"ramp={ramp}: moves over which the prior's exponent rises from 1 to the target's, which is "
+                f"{self.beta:g} here; write target.with_betas(prior=4), or leave ramp out"
+            )
+        self.target, self.kept, self.n, self.runs, self.threshold = target, n, n * beam, runs, threshold
+        self.scheme, self.beam, self.ramp = RESAMPLERS.get(resampling), beam, ramp
+        self.on_step, self.exact = on_step, exact
+        full = proposal(target, policy, soft=True)
         self.device = device_of(target, full)
         self.gen = generator(seed, self.device)
+        self.walk = Walk(target, full, self.gen)
+        self.name, self.guide = self.walk.name, target.guide
         self.settings = {"n": n, "runs": runs, "seed": seed, "ess_threshold": threshold, "resampling": resampling}
+        self.settings |= {"beam": beam} if beam > 1 else {}
+        self.settings |= {"ramp": ramp} if ramp else {}
         self.method = "smc" if exact is None else "conditional_smc"
         self.m = len(target.problems)
         self.pops = self.m * runs
-
-    # -- carries of the growing rows: base, prior, and each distinct guide -------------------------------------------
-
-    def _start(self, problem: Tensor) -> None:
-        self.c: dict[str, Any] = {"base": self.base.start(problem)}
-        self.movers: dict[str, Any] = {"base": self.base}
-        if self.prior is not None:
-            self.movers["prior"], self.c["prior"] = self.prior, self.prior.start(problem)
-        if self.guide is not None:
-            self.movers["guide"], self.c["guide"] = self.guide, self.guide.start(problem)
-        if self.bends is not None and self.bends is not self.guide:
-            self.movers["bends"], self.c["bends"] = self.bends, self.bends.start(problem)
-        self.s = self.target.space.start(problem)
-
-    def _take(self, index: Tensor) -> None:
-        self.c = {k: self.movers[k].take(c, index) for k, c in self.c.items()}
-        self.s = self.target.space.take(self.s, index)
-
-    def _advance(self, move: Tensor) -> None:
-        self.c = {k: self.movers[k].step(c, self.s, move) for k, c in self.c.items()}
-        self.s = self.target.space.step(self.s, move)
-
-    def _look(self, rows: Tensor) -> _Step:
-        menu = self.target.space.menu(self.s)
-        log_move, log_stop = self.base.log_probs(self.c["base"], self.s, menu)
-        if self.name is not None:
-            raw = self.base.log_probs(self.c["base"], self.s, menu, raw=True)
-        elif self.prior is not None:
-            raw = self.prior.log_probs(self.c["prior"], self.s, menu, raw=True)
-        else:
-            raw = None
-        if self.bends is not None:
-            c = self.c["guide" if self.bends is self.guide else "bends"]
-            log_move, log_stop = bend(
-                log_move, log_stop, menu, self.bends.log_next(c, self.s), self.bends.log_end(c, self.s)
-            )
-        return _Step(rows, menu, log_move, log_stop, raw)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -184,10 +144,10 @@ class _Run:
     def go(self) -> Particles:
         """Run to the end."""
         began, tokens = time.perf_counter(), meter(self.target)
-        n, space = self.n, self.target.space
+        n, space, walk = self.n, self.target.space, self.walk
         problem = rows_for(self.target, self.runs * n, self.device)
         b = len(problem)
-        self._start(problem)
+        walk.start(problem)
         rows = torch.arange(b, device=self.device)
         log_w = torch.zeros(b, dtype=torch.float64, device=self.device)
         self.zero, self.final = torch.zeros_like(log_w), {}  # terms of complete objects, by name
@@ -196,17 +156,18 @@ class _Run:
         tape: Tape | None = None
         ess_of, did, parents, alive_of = [], [], [], []
         while len(rows):
-            step = self._look(rows)
+            look = walk.look(self._held(tape, rows))
             if tape is None:
-                tape = Tape(problem, step.log_stop.shape[1], space.max_moves, step.log_stop.dtype)
-            rows, move = self._draw(tape, step, log_w, log_pre)
+                log_stop = look.drawn.log_stop
+                tape = Tape(problem, log_stop.shape[1], space.max_moves, log_stop.dtype)
+            rows, move = self._draw(tape, rows, look, log_w, log_pre)
             if len(rows):
-                self._advance(move)
+                walk.advance(move)
                 self._weigh(tape, rows, log_w, log_pre)
                 dead = log_w[rows] == NEG_INF
                 if dead.any():
                     keep = (~dead).nonzero().squeeze(1)
-                    self._take(keep)
+                    walk.take(keep)
                     rows = rows[keep]
             ess_now = ess(log_w.view(self.pops, n))
             alive = torch.zeros(b, dtype=torch.bool, device=self.device)
@@ -216,10 +177,10 @@ class _Run:
             ess_of.append(ess_now)
             did.append(pick)
             alive_of.append(alive.view(self.pops, n).sum(1))
-            index = self._ancestors(log_w, pick)
+            index, log_w = self._parents(log_w, alive, pick)
             parents.append(index)
             if pick.any():
-                rows, log_w, log_pre, root = self._resample(tape, index, pick, rows, alive, log_w, log_pre, root)
+                rows, log_pre, root = self._resample(tape, index, rows, alive, log_w, log_pre, root)
             if self.on_step is not None:
                 self.on_step(len(ess_of), space.max_moves + 1)
         assert tape is not None
@@ -235,46 +196,45 @@ class _Run:
         log_z = log_mean_exp(log_w.view(self.m, self.runs, n))
         return finish(self.target, rollouts, log_w.view(self.m, -1), log_z, trace, began, tokens)
 
-    def _draw(self, tape: Tape, step: _Step, log_w: Tensor, log_pre: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw a move or a stop for each growing row; weigh those that stop. Returns the rows that go on, and moves."""
-        rows, menu = step.rows, step.menu
-        at = tape.n[rows]
-        tape.at_state(rows, at, menu, step.log_stop, step.raw[1] if step.raw else None)
-        move, stop = choose(step.log_move, step.log_stop, self.gen)
-        if self.exact is not None:
-            self._hold(rows, at, move, stop)
-        ends = stop >= 0
+    def _draw(
+        self, tape: Tape, rows: Tensor, look: Look, log_w: Tensor, log_pre: Tensor
+    ) -> tuple[Int[Tensor, " a"], Int[Tensor, " a"]]:
+        """Record what was drawn; weigh the rows that stop. Returns the rows that go on, and their moves."""
+        at, d, raw = tape.n[rows], look.drawn, look.raw
+        tape.at_state(rows, at, look.menu, d.log_stop, raw[1] if raw else None)
+        tape.log_b[rows, at] = d.log_b
+        ends = d.stop >= 0
         done = rows[ends]
-        tape.stop[done] = stop[ends]
-        tape.log_b[done, at[ends]] = step.log_stop[ends].gather(1, stop[ends, None]).squeeze(1)
+        tape.stop[done] = d.stop[ends]
         if len(done):
             log_q = tape.log_b[done, at[ends]].double()
             log_w[done] += safe_sub(self._log_gamma(tape, done, ends), log_pre[done] + log_q)
         on = (~ends).nonzero().squeeze(1)
-        rows, at, move = rows[on], at[on], move[on]
-        pick = (on, move)
+        rows, at, move = rows[on], at[on], d.move[on]
         tape.moves[rows, at] = move
-        forced = menu.must[on] == MUST_MOVE
+        forced = look.menu.must[on] == MUST_MOVE
         tape.kind[rows, at] = torch.where(forced, FORCED, FREE).to(torch.int8)
-        tape.log_q[rows, at] = tape.log_b[rows, at] = step.log_move[pick]
-        if step.raw is not None:
-            tape.log_p[rows, at] = torch.where(forced, 0.0, step.raw[0][pick].to(tape.log_p.dtype))
+        tape.log_q[rows, at] = d.log_q[on]
+        if raw is not None:
+            tape.log_p[rows, at] = torch.where(forced, 0.0, raw[0][on, move].to(tape.log_p.dtype))
         tape.n[rows] = at + 1
         if len(done):
-            self._take(on)
+            self.walk.take(on)
         return rows, move
 
-    def _hold(self, rows: Tensor, at: Tensor, move: Tensor, stop: Tensor) -> None:
-        """Slot 0 of each population takes the moves of the retained object."""
-        assert self.exact is not None
+    def _held(self, tape: Tape | None, rows: Tensor) -> Held | None:
+        """What slot 0 of each population must take: the next of the retained object."""
+        if self.exact is None:
+            return None
+        move, stop = torch.full((2, len(rows)), -1, device=rows.device)
         slot = (rows % self.n == 0).nonzero().squeeze(1)
         pop = rows[slot] // self.n
-        i = at[slot]
-        over = i >= self.exact.n[pop]
-        t = max(self.exact.moves.shape[1] - 1, 0)
+        at = torch.zeros_like(slot) if tape is None else tape.n[rows[slot]]
+        over = at >= self.exact.n[pop]
+        stop[slot] = torch.where(over, self.exact.stop[pop], -1)
         if self.exact.moves.shape[1]:
-            move[slot] = torch.where(over, move[slot], self.exact.moves[pop, i.clamp_max(t)])
-        stop[slot] = torch.where(over, self.exact.stop[pop], torch.full_like(i, -1))
+            move[slot] = torch.where(over, -1, self.exact.moves[pop, at.clamp_max(self.exact.moves.shape[1] - 1)])
+        return move, stop
 
     def _log_gamma(self, tape: Tape, done: Tensor, ends: Bool[Tensor, " a"]) -> Float[Tensor, " d"]:
         """log gamma of the rows that just stopped; what was already computed is not computed again."""
@@ -282,7 +242,7 @@ class _Run:
         whole = tape.some(done, self.name)
         if self.guide is not None:
             known = {k: v[ends].gather(1, whole.stop[:, None]).squeeze(1) for k, v in
-                     self.guide.end_terms(self.c["guide"]).items() if k in self.target.factors}  # fmt: skip
+                     self.guide.end_terms(self.walk.c["guide"]).items() if k in self.target.factors}  # fmt: skip
         versions = {k: self.target.factors[k].version for k in known}
         whole = self.target.terms(whole.with_terms(known, versions))
         for name in self.target.factors:
@@ -298,33 +258,46 @@ class _Run:
         new = torch.zeros_like(log_q)
         if self.target.prior is not None:
             inside = torch.arange(tape.log_p.shape[1], device=rows.device) <= at[:, None]
-            new = temper(torch.where(inside, tape.log_p[rows].double(), 0.0).sum(1), self.beta)
+            new = temper(torch.where(inside, tape.log_p[rows].double(), 0.0).sum(1), self._exponent(int(at.max()) + 1))
         else:
-            tape.log_pb[rows, at] = self.target.space.log_pb(self.s).to(tape.log_pb.dtype)
+            tape.log_pb[rows, at] = self.target.space.log_pb(self.walk.s).to(tape.log_pb.dtype)
             log_q = log_q - tape.log_pb[rows, at].double()
-        if self.guide is not None:
-            new = new + self.guide.log_psi(self.c["guide"], self.s).double()
+        new = new + self.walk.log_psi()
         log_w[rows] += safe_sub(new, log_pre[rows] + log_q)
         log_pre[rows] = new
 
-    def _ancestors(self, log_w: Tensor, pick: Bool[Tensor, " pop"]) -> Int[Tensor, "pop n"]:
-        """Parent of each particle within its population (itself where it is not resampled)."""
-        index = torch.arange(self.n, device=self.device).repeat(self.pops, 1)
-        if pick.any():
-            index[pick] = self.scheme(normalise(log_w.view(self.pops, self.n)[pick]), self.gen)
-            if self.exact is not None:
-                index[:, 0] = 0
-        return index
+    def _exponent(self, t: int) -> float:
+        """The prior's exponent after t moves: on a ramp it rises linearly from 1; at a stop gamma has the full one."""
+        return self.beta if t >= self.ramp else 1 + (self.beta - 1) * t / self.ramp
 
-    def _resample(self, tape: Tape, index: Tensor, pick: Tensor, rows: Tensor, alive: Tensor, log_w: Tensor,
-                  log_pre: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    def _parents(
+        self, log_w: Tensor, alive: Bool[Tensor, " b"], pick: Bool[Tensor, " pop"]
+    ) -> tuple[Int[Tensor, "pop n"], Float[Tensor, " b"]]:
+        """Parent of each slot within its population (itself where it is not resampled), and its weight."""
+        index = torch.arange(self.n, device=self.device).repeat(self.pops, 1)
+        if not pick.any():
+            return index, log_w
+        old = log_w.view(self.pops, self.n)
+        level = log_mean_exp(old[pick])[:, None]
+        new = old.clone()
+        if self.scheme is None:
+            kept, share = without_replacement(normalise(old[pick]), self.kept, self.gen)
+            grows = alive.view(self.pops, self.n)[pick].gather(1, kept)
+            index[pick], share = fan_out(kept, share, grows, self.beam)
+            new[pick] = level + (share * self.n).log()
+        else:
+            index[pick], new[pick] = self.scheme(normalise(old[pick]), self.gen), level.expand(-1, self.n)
+        if self.exact is not None:
+            index[:, 0] = 0
+        return index, new.flatten()
+
+    def _resample(self, tape: Tape, index: Tensor, rows: Tensor, alive: Tensor, log_w: Tensor, log_pre: Tensor,
+                  root: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         flat = (index + torch.arange(self.pops, device=self.device)[:, None] * self.n).flatten()
-        level = log_mean_exp(log_w.view(self.pops, self.n))[:, None].expand(-1, self.n)
-        log_w = torch.where(pick[:, None], level, log_w.view(self.pops, self.n)).flatten()
         tape.take(flat)
         self.final = {k: v[flat] for k, v in self.final.items()}
         place = torch.full((len(alive),), -1, device=self.device)
         place[rows] = torch.arange(len(rows), device=self.device)
-        new_rows = alive[flat].nonzero().squeeze(1)
-        self._take(place[flat[new_rows]])
-        return new_rows, log_w, log_pre[flat], root[flat]
+        new_rows = (alive[flat] & (log_w > NEG_INF)).nonzero().squeeze(1)
+        self.walk.take(place[flat[new_rows]])
+        return new_rows, log_pre[flat], root[flat]

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from retrodict.particles import Particles
+from retrodict.samplers.annealed import annealed
 from retrodict.samplers.exact import exact
 from retrodict.samplers.importance import ancestral, best_of_n, importance, rejection
 from retrodict.samplers.mh.run import mh
+from retrodict.samplers.pimh import pimh
 from retrodict.samplers.smc import smc
+from retrodict.samplers.tempering import tempering
 
 SAMPLERS: dict[str, Callable[..., Particles]] = {
     "exact": exact,
@@ -18,7 +21,10 @@ SAMPLERS: dict[str, Callable[..., Particles]] = {
     "rejection": rejection,
     "best_of_n": best_of_n,
     "mh": mh,
+    "tempering": tempering,
+    "annealed": annealed,
     "smc": smc,
+    "pimh": pimh,
 }
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retrodict.errors import InputError
-from retrodict.guides.base import ProductGuide
+from retrodict.guides.base import parts, product
 from retrodict.numerics import NEG_INF, at_end
 from retrodict.policies.base import FiniteStepper
 from retrodict.protocols import Guide, Problems, Space, Term
@@ -104,7 +104,7 @@ class Target:
         if twice:
             raise InputError(f"two factors are called {sorted(twice)[0]!r}; give one another name")
         guides = [g for g in (self.guide, guide) if g is not None]
-        both = guides[0] if len(guides) == 1 else ProductGuide(*guides) if guides else None
+        both = product(*guides) if guides else None
         return replace(self, factors={**self.factors, **factors}, betas={**self.betas, **betas}, guide=both,
                        prior=self.prior or prior)  # fmt: skip
 
@@ -119,7 +119,12 @@ class Target:
         return replace(self, betas={**self.betas, **betas})
 
     def with_guide(self, guide: Guide | None) -> Target:
-        """The same target, proposed for with another guide."""
+        """The same target, proposed for with another guide. Raises InputError for one that reads other tokens."""
+        lm = getattr(self.prior, "lm", None)
+        for part, _ in parts(guide) if guide is not None else ():
+            told = getattr(part, "token_bytes", None)
+            if lm is not None and told is not None and tuple(told) != tuple(lm.token_bytes):
+                raise InputError(f"the guide reads other tokens than those of {lm.name}; build it from that model")
         return replace(self, guide=guide)
 
     def on(self, problems: Sequence[Problem]) -> Target:

@@ -110,14 +110,17 @@ class VerifierTerm:
             raise InputError(
                 f"the factor {self.name!r} has no prefix values; use an objective on whole objects (vargrad, tb)"
             )
-        wanted = list(zip(rollouts.problem.tolist(), self.space.show(rollouts), strict=True))
+        values = self.values(list(zip(rollouts.problem.tolist(), self.space.show(rollouts), strict=True)))
+        return torch.tensor(values, dtype=torch.float64, device=rollouts.n.device)
+
+    def values(self, wanted: Sequence[tuple[int, str]]) -> list[float]:
+        """Log-values of (problem, text) pairs: each distinct one is asked about once, in batches."""
         new = list(dict.fromkeys(k for k in wanted if k not in self.cache))
         for i in range(0, len(new), self.spec.batch):
             part = new[i : i + self.spec.batch]
             for key, value in zip(part, self._call(part), strict=True):
                 self.cache[key] = self._log(value, key[1])
-        values = [self.cache[k] for k in wanted]
-        return torch.tensor(values, dtype=torch.float64, device=rollouts.n.device)
+        return [self.cache[k] for k in wanted]
 
     def _call(self, part: list[tuple[int, str]]) -> list[float]:
         texts, rows = [t for _, t in part], [self.problems[p].row for p, _ in part]

@@ -168,18 +168,25 @@ def space(
     Raises:
         InputError: the tokenizer has no token that ends with "=", or cannot write a step in single characters.
     """
-    made = strings(lm, ".", max_tokens, limit)
-    ids = vocabulary(lm)
-    if not any(lm.tokenizer.decode([i]).endswith("=") for i in ids):
+    if not any(lm.tokenizer.decode([i]).endswith("=") for i in vocabulary(lm)):
         raise InputError(f"{lm.name} has no token for '=', which must call the calculator; use another model")
-    if not any_token:
-        missing = sorted({c for c in CHARACTERS if not any(lm.tokenizer.decode([i]).strip() == c for i in ids)})
-        if missing:
-            raise InputError(f"{lm.name} has no token for {missing[0]!r} alone; use any_token=True")
-        keep = {*ids, *made.stops.ids}
-        banned = tuple(i for i in range(lm.vocab_size) if i not in keep)
-        made = Strings(lm.vocab_size, made.stops, max_tokens, limit, 0, banned, lm.tokenizer)
+    made = strings(lm, ".", max_tokens, limit) if any_token else characters_only(lm, max_tokens, limit)
     return with_tool(made, Tool(calculator(operands), trigger="=", room=ROOM, name="calculator"))
+
+
+def characters_only(lm: LanguageModel, max_tokens: int = MAX_TOKENS, limit: Limit = "force") -> Strings:
+    """Strings of spaces and CHARACTERS, one a token, ended by "."; no calculator.
+
+    Raises:
+        InputError: the tokenizer cannot write a step in single characters.
+    """
+    made, ids = strings(lm, ".", max_tokens, limit), vocabulary(lm)
+    missing = sorted({c for c in CHARACTERS if not any(lm.tokenizer.decode([i]).strip() == c for i in ids)})
+    if missing:
+        raise InputError(f"{lm.name} has no token for {missing[0]!r} alone; use any_token=True")
+    keep = {*ids, *made.stops.ids}
+    banned = tuple(i for i in range(lm.vocab_size) if i not in keep)
+    return Strings(lm.vocab_size, made.stops, max_tokens, limit, 0, banned, lm.tokenizer)
 
 
 def vocabulary(lm: LanguageModel) -> list[int]:

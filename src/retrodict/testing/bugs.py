@@ -25,7 +25,7 @@ from retrodict.records import Menu, Rollouts, Scores, Trace
 from retrodict.rng import generator
 from retrodict.samplers.common import draw, finish, log_pb_of, proposal, rows_for
 from retrodict.samplers.importance import importance
-from retrodict.samplers.mh.kernels import KERNELS, Kernel
+from retrodict.samplers.mh.kernels import KERNELS, SUFFIX, Kernel
 from retrodict.samplers.mh.run import mh
 from retrodict.samplers.smc import _Run, smc
 from retrodict.spaces.limits import Limit
@@ -78,22 +78,20 @@ def _parts(target: Target) -> tuple[TabularLM, Strings]:
 class KeepsWeights(_Run):
     """Resamples, and leaves the weights as they were: every particle is paid for twice."""
 
-    def _resample(self, tape: Any, index: Tensor, pick: Tensor, rows: Tensor, alive: Tensor, log_w: Tensor,
-                  log_pre: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        flat = (index + torch.arange(self.pops)[:, None] * self.n).flatten()
-        rows, _, log_pre, root = super()._resample(tape, index, pick, rows, alive, log_w, log_pre, root)
-        return rows, log_w[flat], log_pre, root
+    def _parents(self, log_w: Tensor, alive: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
+        index, _ = super()._parents(log_w, alive, pick)
+        return index, log_w.view(self.pops, self.n).gather(1, index).flatten()
 
 
 class KeepsTwist(_Run):
     """Does not divide the guide out at the stop: finished particles keep psi of their last prefix."""
 
-    def _draw(self, tape: Any, step: Any, log_w: Tensor, log_pre: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.guide is not None
-        bare = log_pre.clone()
-        begun = tape.n[step.rows] > 0
-        bare[step.rows[begun]] -= self.guide.log_psi(self.c["guide"], self.s)[begun].double()
-        return super()._draw(tape, step, log_w, bare)
+    def _draw(self, tape: Any, rows: Tensor, look: Any, log_w: Tensor, log_pre: Tensor) -> tuple[Tensor, Tensor]:
+        bare, psi = log_pre.clone(), self.walk.log_psi()
+        assert isinstance(psi, Tensor)
+        begun = tape.n[rows] > 0
+        bare[rows[begun]] -= psi[begun]
+        return super()._draw(tape, rows, look, log_w, bare)
 
 
 def _run(kind: type[_Run], target: Target, policy: FiniteStepper | None, runs: int, seed: int, *, n: int = 16,
@@ -277,9 +275,8 @@ def _no_length_correction(seeds: int) -> list[Gate]:
     target, steps = _story(), 12
     exact = enumerate_target(target)
     policy = proposal(target, None)
-    suffix = KERNELS["suffix"]
-    law = law_after(exact[0], transition(policy, exact[0], suffix), steps)
-    bugged = Kernel(suffix.cut, lambda n: torch.zeros(len(n), dtype=torch.float64))
+    law = law_after(exact[0], transition(policy, exact[0], SUFFIX), steps)
+    bugged = Kernel(SUFFIX.cut, lambda n: torch.zeros(len(n), dtype=torch.float64))
     with patch.dict(KERNELS, {"suffix, no length correction": bugged}):
         p = mh(target, n=20 * seeds, steps=steps, kernel="suffix, no length correction", keep=1, seed=0)
     return law_gates(exact, p, [law])

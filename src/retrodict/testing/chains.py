@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
 
 import torch
 from jaxtyping import Float
@@ -11,10 +11,9 @@ from torch import Tensor
 from retrodict.numerics import NEG_INF
 from retrodict.policies.base import FiniteStepper
 from retrodict.rng import generator
-from retrodict.samplers.mh.kernels import Kernel, log_accept
+from retrodict.samplers.mh.block import Block
+from retrodict.samplers.mh.kernels import Kernel, Proposes, log_accept
 from retrodict.testing.oracle import Exact
-
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def tails(policy: FiniteStepper, exact: Exact) -> Float[Tensor, "paths t1"]:
@@ -28,10 +27,19 @@ def tails(policy: FiniteStepper, exact: Exact) -> Float[Tensor, "paths t1"]:
     return each.flip(1).cumsum(1).flip(1)
 
 
-def transition(
-    policy: FiniteStepper, exact: Exact, kernel: Kernel, accept: Rule = log_accept
-) -> Float[Tensor, "paths paths"]:
-    """P[x, y]: cut x where the kernel may, redraw the tail from the policy, accept by the rule, or stay.
+def transition(policy: FiniteStepper, exact: Exact, kernel: Proposes) -> Float[Tensor, "paths paths"]:
+    """P[x, y]: propose as the kernel does, accept by the rule, or stay."""
+    if isinstance(kernel, Kernel):
+        out = _redo_tails(policy, exact, kernel)
+    elif isinstance(kernel, Block):
+        out = _redo_blocks(policy, exact, kernel)
+    else:
+        raise TypeError(f"no enumerated matrix for a {type(kernel).__name__}")
+    return out + torch.diag(1 - out.sum(1))
+
+
+def _redo_tails(policy: FiniteStepper, exact: Exact, kernel: Kernel) -> Float[Tensor, "paths paths"]:
+    """Cut x where the kernel may, redraw the tail from the policy.
 
     A kernel's ``log_cut`` depends on the length alone, so its cuts are uniform on their support, which is found by
     drawing.
@@ -53,9 +61,43 @@ def transition(
             propose = torch.where(same[rows, :, c] & (n >= c) & (c <= width), tail[:, c], NEG_INF).exp() / len(cuts)
             i, j = propose.nonzero().unbind(1)
             x = rows[i]
-            ratio = accept(log_gamma[x], log_gamma[j], tail[x, c], tail[j, c], log_cut[x], log_cut[j])
+            ratio = log_accept(log_gamma[x], log_gamma[j], tail[x, c] - tail[j, c] + log_cut[j] - log_cut[x])
             out.index_put_((x, j), propose[i, j] * ratio.clamp_max(0.0).exp(), accumulate=True)
-    return out + torch.diag(1 - out.sum(1))
+    return out
+
+
+def _redo_blocks(policy: FiniteStepper, exact: Exact, kernel: Block) -> Float[Tensor, "paths paths"]:
+    """Replace each block of x by every other block that fits between the same sides.
+
+    The chance of a block is written out here (a product over its moves, each renormalised over moves), not taken from
+    the sampler. Paths that the policy cannot draw stay where they are.
+    """
+    paths, space = exact.paths, policy.space
+    scores, t = policy.score(paths), paths.moves.shape[1]
+    free = (1 - scores.log_stop.double()[:, :t].exp().sum(2)).log()
+    drawn = torch.cat([torch.zeros(len(paths), 1), (scores.log_q.double() - free).cumsum(1)], 1)
+    groups: dict[tuple[object, ...], list[tuple[int, int]]] = defaultdict(list)
+    records = zip(paths.moves.tolist(), paths.n.tolist(), paths.stop.tolist(), strict=True)
+    for x, (moves, n, stop) in enumerate(records):
+        if exact.log_q[x] == NEG_INF:
+            continue
+        for i in range(n + 1):
+            for j in range(i, min(i + kernel.width, n) + 1):
+                groups[(*moves[:i], "gap", *moves[j:n], stop if j < n else "any")].append((x, j - i))
+    log_gamma = exact.log_gamma + exact.log_pb
+    log_count, out = kernel.log_count(paths.n), torch.zeros(len(paths), len(paths), dtype=torch.float64)
+    for key, members in groups.items():
+        at, (x, length) = key.index("gap"), torch.tensor(members).unbind(1)
+        low, high = kernel.sizes(space, torch.tensor([len(key) - 2]))
+        sizes = int(high - low) + 1
+        log_q = drawn[x, at + length] - drawn[x, at]
+        choices = sizes * (space.n_stops if key[-1] == "any" else 1)
+        i, j = torch.cartesian_prod(torch.arange(len(x)), torch.arange(len(x))).view(-1, 2).unbind(1)
+        back = log_q[i] - log_q[j] + log_count[x[i]] - log_count[x[j]]
+        ratio = log_accept(log_gamma[x[i]], log_gamma[x[j]], back).clamp_max(0.0).exp()
+        chance = (log_q[j] - Block.log_count(kernel, paths.n[x[i]])).exp() / choices
+        out.index_put_((x[i], x[j]), chance * ratio, accumulate=True)
+    return out.fill_diagonal_(0.0)
 
 
 def invariance(policy: FiniteStepper, exact: Exact, matrix: Float[Tensor, "paths paths"]) -> float:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from retrodict.particles import Particles
-from retrodict.records import Rollouts
+from retrodict.records import Rollouts, cat_rollouts
+from retrodict.samplers.annealed import annealed
 from retrodict.samplers.common import proposal
 from retrodict.samplers.exact import exact as exact_sampler
 from retrodict.samplers.importance import ancestral, best_of_n, importance, rank_score, rejection
 from retrodict.samplers.mh.kernels import KERNELS
 from retrodict.samplers.mh.run import mh
+from retrodict.samplers.pimh import pimh
 from retrodict.samplers.smc import conditional_smc, smc
+from retrodict.samplers.tempering import tempering
 from retrodict.testing.chains import invariance, law_after, transition
 from retrodict.testing.oracle import (
     Exact,
@@ -95,6 +98,27 @@ def _mh(kernel: str, steps: int) -> Gates:
     return gates
 
 
+def _stays(run: Callable[[Case, Rollouts, int], Particles], chains: int) -> Gates:
+    """Chains that begin at exact draws and take a few steps: their states still have the exact law."""
+
+    def gates(case: Case, exact: list[Exact], seeds: int) -> list[Gate]:
+        n = chains * seeds // 200
+        rows = cat_rollouts([e.draw(n, 7 + i) for i, e in enumerate(exact)])
+        return law_gates(exact, run(case, rows, n), [e.gamma / e.z for e in exact])
+
+    return gates
+
+
+def _pimh(case: Case, rows: Rollouts, n: int) -> Particles:
+    return pimh(case.target, case.policy, n=4, runs=n, steps=2, keep=1, seed=0, ess_threshold=0.8,
+                resampling="multinomial", start=rows)  # fmt: skip
+
+
+def _tempering(case: Case, rows: Rollouts, n: int) -> Particles:
+    """Of two rungs, so that draws of the policy are exact for the other one."""
+    return tempering(case.target, case.policy, n=n, rungs=2, steps=3, keep=1, seed=0, start=rows)
+
+
 def _conditional(case: Case, exact: list[Exact], seeds: int) -> list[Gate]:
     same: dict[str, Any] = {"n": 16, "ess_threshold": 0.8}
 
@@ -116,6 +140,10 @@ METHODS: dict[str, tuple[str, Gates]] = {
     "best of 3": ("best_of_n", _best_of(3)),
     "mh, suffix": ("mh", _mh("suffix", 6)),
     "mh, independence": ("mh", _mh("independence", 4)),
+    "mh, block": ("mh", _mh("block", 6)),
+    "tempering, 2 rungs": ("tempering", _stays(_tempering, DRAWS)),
+    "annealed": ("annealed", _weighted(annealed, rungs=3)),
+    "pimh": ("pimh", _stays(_pimh, DRAWS)),
     "smc, systematic": ("smc", _weighted(smc)),
     "smc, stratified": ("smc", _weighted(smc, resampling="stratified", ess_threshold=0.9)),
     "smc, residual": ("smc", _weighted(smc, resampling="residual", ess_threshold=0.9)),

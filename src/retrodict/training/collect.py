@@ -79,6 +79,8 @@ def with_terms(target: Target, rows: Rollouts, every_prefix: bool) -> tuple[Roll
 
     Two paths to one object have prefixes of their own, and a prior over paths gives them values of their own.
     """
+    if rows.versions and all(rows.versions.get(f) == term.version for f, term in target.factors.items()):
+        return target.terms(rows, every_prefix), 0  # rows of a bank bring theirs (training.twist)
     seen: dict[str, int] = {}
     index, firsts = [], []
     each = zip(rows.problem.tolist(), rows.moves.tolist(), rows.n.tolist(), rows.stop.tolist(), strict=True)

@@ -79,9 +79,10 @@ class World:
         if self.parts == 1:
             return [part]
         device = part.log_q.device
-        tensors = {"log_q": part.log_q.detach().cpu(), "log_stop": part.log_stop.detach().cpu()}
+        names = [x for x in ("log_q", "log_stop", "log_psi", "log_ahead") if getattr(part, x) is not None]
+        tensors = {x: getattr(part, x).detach().cpu() for x in names}
         found = [from_bytes(x) for x in self._bytes(to_bytes({k: v.contiguous() for k, v in tensors.items()}))]
-        return [Scores(x["log_q"].to(device), x["log_stop"].to(device)) for x in found]
+        return [Scores(**{name: y.to(device) for name, y in x.items()}) for x in found]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up the gradients of all processes, in place."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from retrodict.errors import InputError, RetrodictError
 from retrodict.objectives.groups import groups, mean, variance
 from retrodict.objectives.residual import residual
-from retrodict.objectives.table import NEED_PREFIXES, OBJECTIVES, WITH_LOG_Z
+from retrodict.objectives.table import NEED_PREFIXES, WITH_LOG_Z, objective
 from retrodict.protocols import Trainable
 from retrodict.records import Rollouts, Scores
 from retrodict.rng import generator
@@ -118,7 +118,7 @@ def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
     metrics: dict[str, Any] = {"step": run.step, "objective": run.objective}
     run.adam.zero_grad(set_to_none=True)
     log_norm = None if run.log_z is None else run.log_z[batch.rollouts.problem]
-    loss_of: Loss = partial(OBJECTIVES[run.objective], **s.options)
+    loss_of: Loss = partial(objective(run.objective), **s.options)
     try:
         pushed = push(run.policy, loss_of, batch.rollouts, log_gamma, log_norm, run.micro, run.world)
     except FloatingPointError as error:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrodict.errors import InputError, nearest
-from retrodict.objectives.table import OBJECTIVES
+from retrodict.objectives.table import objective
 from retrodict.training.collect import Mixture
 from retrodict.training.distance import DISTANCES
 
@@ -62,8 +62,8 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.objective != "auto" and self.objective not in OBJECTIVES:
-            raise InputError(f"unknown objective {self.objective!r}{nearest(self.objective, ['auto', *OBJECTIVES])}")
+        if self.objective != "auto":
+            objective(self.objective)  # raises for an unknown one
         for name in ("steps", "samples", "capacity", "shards", "evaluate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -73,22 +73,28 @@ def _push(policy, loss_of, rollouts, log_gamma, log_norm, micro, world) -> Pushe
     whole = world.scores(part)
     log_q = torch.cat([x.log_q for x in whole]).detach().requires_grad_()
     log_stop = torch.cat([x.log_stop for x in whole]).detach().requires_grad_()
+    log_psi, ahead = (_cat([getattr(x, name) for x in whole]) for name in ("log_psi", "log_ahead"))
+    if log_psi is not None:
+        log_psi.requires_grad_()
     for name, x in (("log q", log_q), ("log q of a stop", log_stop), ("log gamma", log_gamma)):
         if bool((x.isnan() | (x == math.inf)).any()):
             raise FloatingPointError(f"{name} is NaN or infinite")
     norm = None if log_norm is None else log_norm.detach().requires_grad_()
-    loss, metrics = loss_of(Scores(log_q, log_stop, log_norm=norm), rollouts, log_gamma)
+    given = Scores(log_q, log_stop, log_norm=norm, log_psi=log_psi, log_ahead=ahead)
+    loss, metrics = loss_of(given, rollouts, log_gamma)
     if not math.isfinite(float(loss.detach())):
         raise FloatingPointError(f"the loss is {float(loss.detach())}")
     loss.backward()
-    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in (log_q, log_stop)]
+    wanted = {"log_q": log_q, "log_stop": log_stop} | ({} if log_psi is None else {"log_psi": log_psi})
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in wanted.values()]
     if not all(bool(g.isfinite().all()) for g in grads):  # of all rows: every process must say the same
         raise FloatingPointError("the derivative of the loss by log q is not finite")
     grads = [g[mine] for g in grads]
     for i, r in enumerate(rows):
         part = live[i] if live else policy.score(trim(here.take(r)), grad=True)
         t = part.log_q.shape[1]
-        torch.autograd.backward([part.log_q, part.log_stop], [grads[0][r, :t], grads[1][r, : t + 1]])
+        live_of = [getattr(part, name) for name in wanted]
+        torch.autograd.backward(live_of, [grads[0][r, :t], *(g[r, : t + 1] for g in grads[1:])])
         policy.settle()
     world.sum_gradients(policy.parameters().values())
     if log_norm is not None and norm is not None and norm.grad is not None:  # last: a pass that failed left no trace
@@ -107,12 +113,23 @@ def join(rollouts: Rollouts, rows: Sequence[Tensor], parts: Sequence[Scores]) ->
     """Scores of micro-batches as one, in the order of the rollouts."""
     b, t = rollouts.moves.shape[:2]
     first = parts[0]
+    more: dict[str, Tensor] = {}
+    for name in ("log_psi", "log_ahead"):
+        if getattr(first, name) is not None:
+            more[name] = first.log_q.new_zeros(b, t + 1)
     log_q = first.log_q.new_zeros(b, t)
     log_stop = first.log_stop.new_full((b, t + 1, first.log_stop.shape[2]), -math.inf)
     for r, part in zip(rows, parts, strict=True):
         log_q[r, : part.log_q.shape[1]] = part.log_q.detach()
         log_stop[r, : part.log_stop.shape[1]] = part.log_stop.detach()
-    return Scores(log_q, log_stop)
+        for name, x in more.items():
+            x[r, : part.log_stop.shape[1]] = getattr(part, name).detach()
+    return Scores(log_q, log_stop, **more)
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [x.detach() for x in parts if x is not None]
+    return torch.cat(known) if known else None
 
 
 def clip(parameters: Mapping[str, Tensor], most: float) -> float:

@@ -1,0 +1,266 @@
+"""``retrodict bench constraints``: test-time Monte Carlo under hard constraints, on SmolLM2 in float32, one thread.
+
+Errors of log Z-hat on "no word over five letters" against the pooled reference, unguided and with guides that see the
+stop coming (an HMM, a learned twist); the strongest peer on the same target in the same run; evidence precision per
+token on other targets; and what is valid of JSON and grammar output. Guides are fitted once, on none of these prompts;
+their seconds stand apart. The exponent of each guide is chosen by the spread of log Z-hat on another prompt, which
+needs no reference.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrodict.bench import twist
+from retrodict.bench.reference import PROMPTS, TOKENS, read, short_words_target
+from retrodict.bench.rows import Row, at_least, at_most, show_only, write
+from retrodict.bench.speed import interleaved
+from retrodict.errors import InputError
+from retrodict.guides.hmm_fit import cached_hmm
+from retrodict.models.hf.gguf import convert, smollm2_gguf
+from retrodict.models.load import load
+from retrodict.numerics import NEG_INF, jackknife_log_mean, log_mean_exp
+from retrodict.particles import Particles
+from retrodict.samplers.smc import smc
+from retrodict.targets.algebra import Target
+from retrodict.targets.constraint import json_schema, lark
+from retrodict.targets.hmm import with_hmm
+from retrodict.targets.ready import continuation, including, infill
+from retrodict.training.twist import fit_twist, with_twist
+
+SUITE = "constraints"
+SHORT = "no word over five letters"
+PEER = "genlm-control 0.4.1, AWRS"
+SCRIPT = Path("benchmarks/peers/genlm_short_words.py")
+
+
+def run(
+    seeds: int = 10, peer: str = "", peer_script: str = str(SCRIPT), prompts: int = 5, runs: int = 12,
+    samples: int = 64, partial: str = "",
+) -> list[Row]:  # fmt: skip
+    """All rows.
+
+    Args:
+        seeds: runs behind each median error.
+        peer: the Python of an environment with genlm-control (``benchmarks/peers/setup.sh``); without it no peer row.
+        peer_script: what that Python runs.
+        prompts: how many of the five prompts of the reference under limit ``force``.
+        runs: runs behind each evidence precision.
+        samples: texts drawn from each grammar.
+        partial: a JSON file of the rows so far.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        lm: Any = load("smollm2", dtype="float32")
+        hmm, head = cached_hmm(lm), twist.fit(lm)
+        rows: list[Row] = [show_only(SUITE, "guide", "hmm", k, float(v)) for k, v in told(hmm).items()]
+        rows.append(show_only(SUITE, "guide", "twist", "seconds", float(head.about["seconds"])))  # pyright: ignore[reportArgumentType]
+        guides, powers = chosen(lm, {"smc, hmm guide": lambda t, b: with_hmm(t, hmm, b),
+                                     "smc, learned twist": lambda t, b: with_twist(t, head, b)})  # fmt: skip
+        rows += powers
+        for part in (lambda: accuracy(lm, guides, seeds), lambda: against_peer(lm, guides, peer, peer_script),
+                     lambda: precision(lm, hmm, runs), lambda: validity(lm, samples),
+                     lambda: five_prompts(lm, guides, max(2, seeds // 2), prompts)):  # fmt: skip
+            new = part()
+            rows += new
+            for r in new:
+                print(f"{r.name}, {r.method}: {r.metric} {r.value:.4g} {r.bar or ''} {r.note}", flush=True)
+            if partial:
+                write(rows, Path(partial))
+        return rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+Guided = Callable[[Target], Target]
+
+
+def chosen(lm: Any, guides: dict[str, Callable[[Target, float], Target]]) -> tuple[dict[str, Guided], list[Row]]:
+    """Each guide at the exponent whose log Z-hat spreads least over ten runs on the second prompt."""
+    target, out, rows = short_words_target(lm, PROMPTS[1]), {}, []
+    for name, make in guides.items():
+        spread = {}
+        for power in (1.0, 0.8, 0.6):
+            p = smc(make(target, power), n=16, runs=10, seed=600)
+            assert p.log_z is not None
+            spread[power] = float(p.log_z[0].std().nan_to_num(nan=math.inf))
+            rows.append(show_only(SUITE, f"{SHORT}, own_stop, {PROMPTS[1]!r}", name, f"sd of log Z-hat, psi^{power:g}",
+                                  spread[power], "10 runs of N = 16"))  # fmt: skip
+        best = min(spread, key=lambda b: spread[b])
+        out[name] = lambda t, make=make, best=best: make(t, best)
+        rows.append(show_only(SUITE, "guide", name, "exponent", best))
+    return out, rows
+
+
+def told(hmm: Any) -> dict[str, Any]:
+    """The numbers on a guide's card: its size, what fitting cost, how well it predicts."""
+    return {"states": hmm.states} | {k: v for k, v in hmm.card.items() if isinstance(v, (int, float))}
+
+
+def evidence(target: Target, n: int, seeds: int, first: int = 0) -> tuple[list[float], list[Particles]]:
+    """log Z-hat of single runs."""
+    found = [smc(target, n=n, seed=first + s, runs=1) for s in range(seeds)]
+    return [float(p.log_z[0, 0]) for p in found if p.log_z is not None], found
+
+
+def off(log_z: list[float], truth: float) -> float:
+    """Median absolute error in nats."""
+    return statistics.median(abs(x - truth) for x in log_z)
+
+
+def accuracy(lm: Any, guides: dict[str, Guided], seeds: int) -> list[Row]:
+    """The first prompt under limit own_stop: the text must come to its end by itself."""
+    target, truth = short_words_target(lm), read()["own_stop"][PROMPTS[0]]["log_z"]
+    name, rows = f"{SHORT}, own_stop, {TOKENS} tokens", []
+    rows.append(show_only(SUITE, name, "reference", "log Z", truth, "100 runs of N = 256"))
+    for n, bar in {10: 1.5, 32: 0.5}.items():
+        metric, note = f"median |error| at N = {n} (nats)", f"{seeds} seeds"
+        for method, t in {"smc": target, **{k: g(target) for k, g in guides.items()}}.items():
+            log_z, found = evidence(t, n, seeds)
+            value = off(log_z, truth)
+            rows.append(show_only(SUITE, name, method, metric, value, note) if method == "smc" else
+                        at_most(SUITE, name, method, metric, value, bar, note))  # fmt: skip
+            rows += [show_only(SUITE, name, method, f"{what} at N = {n}",
+                               statistics.median(p.trace.counts[what] for p in found))
+                     for what in ("seconds", "tokens")]  # fmt: skip
+    return rows
+
+
+def against_peer(lm: Any, guides: dict[str, Guided], peer: str, script: str, n: int = 32) -> list[Row]:
+    """Seconds of one sampling call of the peer's default and of ours, in one run, and errors at the peer's seconds."""
+    target, truth = short_words_target(lm), read()["own_stop"][PROMPTS[0]]["log_z"]
+    name = f"{SHORT}, own_stop, N = {n}"
+    seconds = interleaved({"smc": lambda: smc(target, n=n, seed=0, runs=1)}, 3, lm.device)["smc"]
+    rows = [show_only(SUITE, name, "smc", "seconds", seconds, "unguided, median of 3")]
+    if not peer:
+        return [*rows, show_only(SUITE, name, PEER, "seconds", math.nan, "not run: no --peer")]
+    theirs = ask_peer(lm, peer, script, n)
+    rows += [show_only(SUITE, name, PEER, k, theirs[k]) for k in ("seconds", "log_z", "ess", "distinct")]
+    rows.append(at_least(SUITE, name, "smc", "times faster than the peer", theirs["seconds"] / seconds, 4.0))
+    rows.append(show_only(SUITE, name, PEER, "|error| (nats)", abs(theirs["log_z"] - truth), "seed 0"))
+    for method, guide in guides.items():
+        looking = guide(target)
+        many = max(1, int(theirs["seconds"] / smc(looking, n=n, seed=0, runs=1).trace.counts["seconds"]))
+        p = smc(looking, n=n, seed=1, runs=many)
+        assert p.log_z is not None
+        rows.append(show_only(SUITE, name, method, "|error| in the peer's seconds (nats)",
+                              abs(float(log_mean_exp(p.log_z[0])) - truth), f"{many} runs"))  # fmt: skip
+    return rows
+
+
+def ask_peer(lm: Any, python: str, script: str, n: int) -> dict[str, float]:
+    """One run of the peer in its own environment."""
+    words = [python, script, str(convert(smollm2_gguf())), str(n), str(TOKENS), "0", PROMPTS[0]]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=1200, check=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise InputError(f"the peer's run failed ({said.strip().splitlines()[-1]}); see benchmarks/peers") from error
+
+
+def five_prompts(lm: Any, guides: dict[str, Guided], seeds: int, prompts: int) -> list[Row]:
+    """Limit force, where a text cut at the limit counts: other prompts, the same guides."""
+    rows = []
+    for prompt in PROMPTS[:prompts]:
+        truth, target = read()["force"][prompt]["log_z"], short_words_target(lm, prompt, "force")
+        for method, t in {"smc": target, **{k: g(target) for k, g in guides.items()}}.items():
+            rows.append(show_only(SUITE, f"{SHORT}, force, {prompt!r}", method, "median |error| at N = 32 (nats)",
+                                  off(evidence(t, 32, seeds)[0], truth), f"{seeds} seeds"))  # fmt: skip
+    return rows
+
+
+def relative_mse(log_z: list[float], truth: float) -> float:
+    """E[(Z-hat / Z - 1)^2]; a run that died counts as Z-hat = 0."""
+    return statistics.fmean((math.exp(x - truth) - 1) ** 2 if x > NEG_INF else 1.0 for x in log_z)
+
+
+def precision(lm: Any, hmm: Any, runs: int, n: int = 32) -> list[Row]:
+    """1 / (relative MSE of Z-hat x tokens), guided over unguided.
+
+    The words have the HMM's look-ahead, and a reference of its own runs with other seeds. The infilling has a twist
+    fitted on itself (its seconds apart), and a reference that knows no twist: SMC with the model's own look-ahead.
+    """
+    words = including(lm, "This morning", contain=WORDS, stop=".", max_tokens=24, limit="own_stop")
+    looking = with_hmm(words, hmm)
+    rows = worth("three words", "smc, hmm guide", words, looking, looking, runs, n)
+    story = infill(lm, *STORY, max_tokens=12, limit="own_stop", lookahead=None)
+    ahead = infill(lm, *STORY, max_tokens=12, limit="own_stop")
+    head = fit_twist(story, rows=96, steps=250, samples=48, lr=4e-3, top=64, hidden=64, evaluate=2)
+    rows.append(show_only(SUITE, "infilling", "twist", "seconds", float(head.about["seconds"])))  # pyright: ignore[reportArgumentType]
+    return rows + worth("infilling", "smc, learned twist", story, with_twist(story, head), ahead, runs, n)
+
+
+def worth(name: str, method: str, plain: Target, guided: Target, best: Target, runs: int, n: int) -> list[Row]:
+    """The rows of one target; ``best`` makes the reference."""
+    pool = smc(best, n=64, runs=8, seed=700)
+    assert pool.log_z is not None
+    truth, error = (float(x) for x in jackknife_log_mean(pool.log_z[0]))
+    rows = [show_only(SUITE, name, "reference", "log Z", truth, f"+- {error:.2f}, 8 runs of N = 64")]
+    value = {}
+    for label, t in (("smc", plain), (method, guided)):
+        log_z, found = evidence(t, n, runs)
+        tokens = statistics.fmean(p.trace.counts["tokens"] for p in found)
+        mse = relative_mse(log_z, truth)
+        value[label] = 1 / (mse * tokens)
+        note = f"{runs} runs of N = {n}, {sum(x == NEG_INF for x in log_z)} died"
+        rows += [show_only(SUITE, name, label, "relative MSE of Z-hat", mse, note),
+                 show_only(SUITE, name, label, "tokens a run", tokens)]  # fmt: skip
+    ratio = value[method] / value["smc"]
+    return [*rows, at_least(SUITE, name, method, "precision per token against unguided", ratio, 5.0)]
+
+
+STORY = ("Anna lost her keys.", "So she slept at a friend's house.")
+WORDS = ("rain", "bus", "late")
+PET = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer",
+       "minimum": 0, "maximum": 20}, "kind": {"enum": ["cat", "dog", "bird"]}},
+       "required": ["name", "age", "kind"], "additionalProperties": False}  # fmt: skip
+SUM = """start: product ("+" product)*
+product: NUMBER ("*" NUMBER)*
+NUMBER: /[0-9]{1,2}/
+"""
+
+
+def is_pet(text: str) -> bool:
+    """Whether a text is a record of PET, by json.loads and hand."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return False
+    return (isinstance(found, dict) and set(found) == {"name", "age", "kind"} and isinstance(found["name"], str)
+            and len(found["name"]) <= 8 and type(found["age"]) is int and 0 <= found["age"] <= 20
+            and found["kind"] in ("cat", "dog", "bird"))  # fmt: skip
+
+
+def is_sum(text: str) -> bool:
+    """Whether a text is in SUM, by splitting."""
+    return all(x.isdigit() and len(x) <= 2 for term in text.split("+") for x in term.split("*"))
+
+
+def validity(lm: Any, samples: int) -> list[Row]:
+    """Draws under a JSON schema and under a grammar, checked by other code than the mask's."""
+    asks = {
+        "JSON schema": ("My pet as JSON:\n", json_schema(PET, False), 40, is_pet),
+        "Lark grammar": ("A sum with the result 12:", lark(SUM), 12, is_sum),
+    }
+    rows = []
+    for name, (prompt, rule, tokens, check) in asks.items():
+        target = continuation(lm, prompt, stop="\n", max_tokens=tokens, limit="own_stop") * rule
+        p = smc(target, n=samples, runs=1, seed=0)
+        live = p.log_w[0] > NEG_INF
+        texts = [t for t, on in zip(p.shown, live.tolist(), strict=True) if on]
+        good = sum(check(t.removesuffix("\n").strip(" ")) for t in texts)
+        rows.append(at_least(SUITE, name, "smc", "share of weighted texts that are valid",
+                             good / len(texts) if texts else 0.0, 1.0,
+                             f"{good} of {len(texts)}; {samples - len(texts)} ran into the limit"))  # fmt: skip
+        rows.append(show_only(SUITE, name, "smc", "seconds", p.trace.counts["seconds"]))
+    return rows
