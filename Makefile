@@ -12,15 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
+PEER := .venv-genlm
 
 # Tests give the same numbers on every machine, and touch no network.
 TEST_ENV := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help setup demo test test-slow test-gpu test-vllm check format bench docs clean distclean
+.PHONY: help setup demo test test-slow test-gpu test-vllm check format bench bench-constraints docs clean distclean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Settings: PYTHON=python3.12 (before the first set-up), THREADS=2, SUITES=\"exact speed\", ARGS=\"-k smc\""
 
 setup: $(STAMP)  ## install everything into .venv (the other targets do it where needed)
@@ -73,6 +74,15 @@ bench: setup  ## measure against the bars: each suite prints its table and write
 		$(BIN)/retrodict bench $$suite --json $(RESULTS)/$$suite.json $(ARGS) || failed="$$failed $$suite"; done; \
 	test -z "$$failed" || { echo "bars missed, or a suite failed:$$failed" >&2; exit 1; }
 
+bench-constraints: setup $(PEER)/.installed  ## constraints and guides beside the strongest peer (its own environment, 2 GB)
+	@mkdir -p $(RESULTS); OMP_NUM_THREADS=1 $(BIN)/retrodict bench constraints --peer $(PEER)/bin/python \
+		--json $(RESULTS)/constraints.json $(ARGS)
+
+$(PEER)/.installed: benchmarks/peers/setup.sh
+	@echo "Installing genlm-control into $(PEER): a minute or two."
+	@PYTHON=$(PYTHON) sh benchmarks/peers/setup.sh $(PEER)
+	@touch $@
+
 docs: setup  ## check every link between the pages, and run the tutorials
 	@$(TEST_ENV) $(BIN)/python docs/check.py
 
@@ -80,5 +90,5 @@ clean:  ## remove caches and build products; runs/ and .venv stay
 	@rm -rf build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache src/*.egg-info
 	@find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## remove .venv and .venv-vllm as well
-	@rm -rf $(VENV) $(VLLM)
+distclean: clean  ## remove .venv, .venv-vllm and .venv-genlm as well
+	@rm -rf $(VENV) $(VLLM) $(PEER)
