@@ -294,7 +294,8 @@ def test_a_cut_file_is_one_clear_line(part: str, left: int, tmp_path: Path) -> N
     before = {k: v.clone() for k, v in state(new).items()}
     one_line(path.name if part == "replay" else "damaged", new, keeper)
     if part != "replay":
-        assert new.step == 0 and all(torch.equal(v, before[k]) for k, v in state(new).items())
+        same = {k: torch.allclose(v, before[k], rtol=0, atol=0, equal_nan=True) for k, v in state(new).items()}
+        assert new.step == 0 and all(same.values())  # log Z is NaN until its problem is met
 
 
 def test_missing_state_is_one_clear_line(tmp_path: Path) -> None:

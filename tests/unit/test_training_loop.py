@@ -78,6 +78,14 @@ def test_a_gradient_that_is_no_number_changes_nothing() -> None:
     assert "gradient" in metrics["skipped"] and bool((run.policy.parameters()["logits"] == 0).all())
 
 
+def test_log_z_begins_where_the_first_rows_say() -> None:
+    """Not at 0, tens of nats from a real evidence and a tenth of a nat a step away, but at the first lower bound."""
+    target = sets()
+    run = begin(target, fresh(target), settings(objective="tb", steps=2, samples=32, lr=0.1, lr_log_z=1e-12))
+    first = advance(run)
+    assert run.log_z is not None and abs(float(run.log_z[0].detach()) - first["elbo"]) < 1e-6
+
+
 def test_log_z_is_learned() -> None:
     target = sets()
     policy = fresh(target)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from retrodict.errors import InputError, RetrodictError
+from retrodict.numerics import at_end
 from retrodict.objectives.groups import groups, mean, variance
 from retrodict.objectives.residual import residual
 from retrodict.objectives.table import NEED_PREFIXES, WITH_LOG_Z, objective
 from retrodict.protocols import Trainable
 from retrodict.records import Rollouts, Scores
 from retrodict.rng import generator
-from retrodict.samplers.common import device_of, positive
+from retrodict.samplers.common import device_of, log_b_of, positive
 from retrodict.targets.algebra import Target
 from retrodict.training.collect import Batch, collect, final_log_gamma, turn
 from retrodict.training.distance import DISTANCES
@@ -82,7 +83,9 @@ def begin(target: Target, policy: Trainable, settings: Settings, world: World = 
         raise InputError("processes that share weights must run the same passes: give micro, the rows of each")
     parameters = policy.parameters()
     m, device = len(target.problems), device_of(target, policy if hasattr(policy, "lm") else None)
-    log_z = torch.zeros(m, dtype=torch.float64, device=device, requires_grad=True) if name in WITH_LOG_Z else None
+    log_z = None
+    if name in WITH_LOG_Z:  # NaN until a problem is first met, see ``_met``
+        log_z = torch.full((m,), math.nan, dtype=torch.float64, device=device, requires_grad=True)
     groups_of = [{"params": list(parameters.values()), "lr": settings.lr}]
     if log_z is not None:
         groups_of.append({"params": [log_z], "lr": settings.lr_log_z})
@@ -117,6 +120,8 @@ def advance(run: Run, on_failure: OnFailure | None = None) -> dict[str, Any]:
     clock.seconds["seconds_sample"] -= batch.seconds
     metrics: dict[str, Any] = {"step": run.step, "objective": run.objective}
     run.adam.zero_grad(set_to_none=True)
+    if run.log_z is not None:
+        _met(run.log_z, batch.rollouts, log_gamma)
     log_norm = None if run.log_z is None else run.log_z[batch.rollouts.problem]
     loss_of: Loss = partial(objective(run.objective), **s.options)
     try:
@@ -175,6 +180,22 @@ def _ask_ahead(run: Run, device: torch.device) -> None:
     problem = torch.tensor(_chosen(run, step), device=device).repeat_interleave(own)
     for shard in run.world.mine(s.shards):
         run.policy.ask(problem, generator(s.seed, device, 4, step, shard))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def _met(log_z: Tensor, rollouts: Rollouts, log_gamma: Tensor) -> None:
+    """A learned log Z begins at the mean of log gamma / b over the first rows of its problem.
+
+    From 0 it would have tens of nats to go at a tenth of a nat a step, and drag q along meanwhile.
+    """
+    new = log_z.isnan()[rollouts.problem]
+    if not new.any():
+        return
+    value = log_gamma if log_gamma.dim() == 1 else at_end(log_gamma, rollouts.n, rollouts.stop)
+    a = value.double() + rollouts.log_pb.double().sum(1) - log_b_of(rollouts)
+    for p in rollouts.problem[new].unique().tolist():
+        here = a[(rollouts.problem == p) & a.isfinite()]
+        log_z[p] = here.mean() if len(here) else 0.0
 
 
 def _remember(run: Run, batch: Batch) -> None:
