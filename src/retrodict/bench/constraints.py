@@ -224,7 +224,7 @@ WORDS = ("rain", "bus", "late")
 PET = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer",
        "minimum": 0, "maximum": 20}, "kind": {"enum": ["cat", "dog", "bird"]}},
        "required": ["name", "age", "kind"], "additionalProperties": False}  # fmt: skip
-SUM = """start: product ("+" product)*
+SUM = """start: product ("+" product)* "\\n"
 product: NUMBER ("*" NUMBER)*
 NUMBER: /[0-9]{1,2}/
 """
