@@ -30,6 +30,7 @@ from retrodict.diagnostics import (
     ngram_diversity,
     pareto_k,
     pareto_threshold,
+    relative_variance,
     smc_lower,
     smc_upper,
     split_rhat,
@@ -108,6 +109,16 @@ def test_smc_bounds_and_markov_bounds():
         high = sum(certain_upper(x[None], level) >= LOG_Z for x in conditional[:2000]) / 2000
         assert low >= level and high >= level
     assert certain_lower(torch.tensor([0.0]), 0.95) == pytest.approx(-math.log(20))
+
+
+def test_the_variance_of_z_hat_comes_out_of_conditional_runs():
+    """Against the variance by enumeration of a mean of four weights, and against free runs that cannot see it."""
+    conditional = log_mean_exp(torch.cat([draw(POST, (20_000, 1), 1), draw(LOG_Q.exp(), (20_000, 3), 2)], 1))
+    exact = float((LOG_Q.exp() * (LOG_W - LOG_Z).exp().square()).sum() - 1) / 4
+    value, se = relative_variance(conditional, LOG_Z)
+    assert abs(value - exact) < 4.5 * se < 0.2 * exact
+    free = log_mean_exp(draw(LOG_Q.exp(), (20_000, 4), 0))
+    assert abs(relative_variance(free, LOG_Z)[0] - exact) > 8 * se, "planted: the exact draw is not kept"
 
 
 def test_two_sided_gives_both_kls():

@@ -199,6 +199,22 @@ def certain_upper(log_z_conditional: Float[Tensor, " r"], level: float = 0.95) -
     return -float(log_mean_exp(-x)) - math.log1p(-level)
 
 
+def relative_variance(log_z_conditional: Float[Tensor, " r"], log_z: float) -> tuple[float, float]:
+    """Var(Z-hat) / Z^2 of free SMC, and its standard error, from r runs of conditional SMC around posterior draws.
+
+    A conditional run's law is the free one's times Z-hat / Z (Andrieu, Doucet and Holenstein 2010), so
+
+        E_free[Z-hat^2] = Z E_conditional[Z-hat]
+
+    Free runs see this variance only once they have met what carries it: where Z-hat is nearly always 0 their own spread
+    is 0 as well. Needs exact posterior draws, as ``smc_upper``, and log Z; it is the variance under multinomial
+    resampling, which conditional SMC has.
+    """
+    ratio = (_check("log_z_conditional", log_z_conditional, 1).reshape(-1) - log_z).exp()
+    se = float(ratio.std()) / math.sqrt(ratio.numel()) if ratio.numel() > 1 else math.inf
+    return float(ratio.mean()) - 1, se
+
+
 @dataclass(frozen=True)
 class Span:
     """A number in nats with a 95% interval; ``value`` is NaN where only the interval is known."""
