@@ -31,6 +31,9 @@ def run(
     methods: str = "zero-shot,few-shot,sft,amortized,em",
     scale: float = 1.0,
     chains: int = 16,
+    samples: int = 16,
+    per_step: int = 8,
+    objective: str = "auto",
     model: str = "smollm2",
     dtype: str = "",
     device: str = "",
@@ -47,6 +50,7 @@ def run(
         methods: rows of ``tasks.subjectivity.METHODS``, joined by commas.
         scale: of the numbers of training steps.
         chains: Z drawn for each prediction.
+        samples, per_step, objective: of the E-step; "vargrad" values whole Z only, "auto" every prefix.
         model, dtype, device: see ``rd.load``; "" for its defaults.
         folder: where finished methods are kept; another call with the same numbers goes on from there.
         partial: a JSON file of the rows so far.
@@ -54,7 +58,7 @@ def run(
     """
     if not scale > 0:
         raise InputError(f"scale multiplies numbers of steps; give one above 0, not {scale}")
-    plan = subjectivity.Plan(seed=seed, chains=chains)
+    plan = subjectivity.Plan(seed=seed, chains=chains, samples=samples, per_step=per_step, objective=objective)
     steps = {k: max(1, round(getattr(plan, k) * scale)) for k in ("e_steps", "m_steps", "sft_steps")}
     plan, rows = replace(plan, **steps), []
     for count in (int(x) for x in labels.split(",")):

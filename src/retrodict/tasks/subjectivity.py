@@ -106,7 +106,7 @@ class Plan:
     """Every number of a run.
 
     Attributes:
-        e_steps, samples, per_step, lr: of the E-step, ``per_step`` problems in a step.
+        objective, e_steps, samples, per_step, lr: of the E-step, ``per_step`` problems in a step.
         tempered, replay: shares of the E-step's samples, see ``training.collect``.
         rounds, m_steps, draws, m_lr, m_batch: of EM, see ``training.em``.
         sft_steps, sft_lr, sft_batch: of fitting labels without a latent.
@@ -117,6 +117,7 @@ class Plan:
         seed: one seed, one result.
     """
 
+    objective: str = "auto"
     e_steps: int = 200
     samples: int = 16
     per_step: int = 8
@@ -219,8 +220,8 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """What every E-step is run with."""
         p = self.plan
-        return {"samples": p.samples, "per_step": min(p.per_step, len(self.train)), "lr": p.lr, "rank": p.rank,
-                "tempered": p.tempered, "replay": p.replay, "evaluate": 8}  # fmt: skip
+        return {"objective": p.objective, "samples": p.samples, "per_step": min(p.per_step, len(self.train)), "lr": p.lr,
+                "rank": p.rank, "tempered": p.tempered, "replay": p.replay, "evaluate": 8}  # fmt: skip
 
 
 def direct(lm: Any, rows: Sequence[Row], shots: Sequence[Row], batch: int) -> Float[Tensor, "m c"]:
