@@ -126,6 +126,19 @@ def brier(p: Real[Tensor, " b"], correct: Shaped[Tensor, " b"]) -> float:
     return float((p - hit).square().mean())
 
 
+def auroc(score: Real[Tensor, " b"], positive: Shaped[Tensor, " b"]) -> float:
+    """Area under the ROC curve: how often a positive's score exceeds a negative's, ties as half; NaN without both."""
+    score, hit = score.double().cpu(), positive.bool().cpu()
+    if score.shape != hit.shape:
+        raise InputError("give one score and one true/false for each answer")
+    n = int(hit.sum())
+    if n in (0, len(hit)):
+        return math.nan
+    _, group, size = torch.unique(score, return_inverse=True, return_counts=True)
+    rank = (size.cumsum(0) - (size - 1) / 2.0)[group]
+    return (float(rank[hit].sum()) - n * (n + 1) / 2) / (n * (len(hit) - n))
+
+
 @dataclass(frozen=True)
 class RiskCoverage:
     """Error rate ``risk`` among the ``coverage`` most confident answers; ``area`` is its mean over coverages."""

@@ -220,8 +220,8 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """What every E-step is run with."""
         p = self.plan
-        return {"objective": p.objective, "samples": p.samples, "per_step": min(p.per_step, len(self.train)), "lr": p.lr,
-                "rank": p.rank, "tempered": p.tempered, "replay": p.replay, "evaluate": 8}  # fmt: skip
+        return {"objective": p.objective, "samples": p.samples, "per_step": min(p.per_step, len(self.train)),
+                "lr": p.lr, "rank": p.rank, "tempered": p.tempered, "replay": p.replay, "evaluate": 8}  # fmt: skip
 
 
 def direct(lm: Any, rows: Sequence[Row], shots: Sequence[Row], batch: int) -> Float[Tensor, "m c"]:
