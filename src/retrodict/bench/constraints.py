@@ -24,7 +24,7 @@ from retrodict.bench.reference import PROMPTS, TOKENS, read, short_words_target
 from retrodict.bench.rows import Row, at_least, at_most, show_only, write
 from retrodict.bench.speed import interleaved
 from retrodict.diagnostics.bounds import relative_variance
-from retrodict.errors import InputError
+from retrodict.errors import InputError, nearest
 from retrodict.guides.hmm_fit import cached_hmm
 from retrodict.models.hf.gguf import convert, smollm2_gguf
 from retrodict.models.load import load
@@ -42,15 +42,17 @@ SUITE = "constraints"
 SHORT = "no word over five letters"
 PEER = "genlm-control 0.4.1, AWRS"
 SCRIPT = Path("benchmarks/peers/genlm_short_words.py")
+PARTS = ("accuracy", "peer", "precision", "validity", "prompts")
 
 
 def run(
-    seeds: int = 10, peer: str = "", peer_script: str = str(SCRIPT), prompts: int = 5, runs: int = 12,
-    samples: int = 64, partial: str = "",
+    seeds: int = 10, peer: str = "", peer_script: str = str(SCRIPT), prompts: int = 5, runs: int = 16,
+    samples: int = 64, parts: str = ",".join(PARTS), partial: str = "",
 ) -> list[Row]:  # fmt: skip
     """All rows.
 
     Args:
+        parts: which, joined by commas.
         seeds: runs behind each median error.
         peer: the Python of an environment with genlm-control (``benchmarks/peers/setup.sh``); without it no peer row.
         peer_script: what that Python runs.
@@ -59,20 +61,26 @@ def run(
         samples: texts drawn from each grammar.
         partial: a JSON file of the rows so far.
     """
+    names = parts.split(",")
+    for part in names:
+        if part not in PARTS:
+            raise InputError(f"unknown part {part!r}{nearest(part, PARTS)}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         lm: Any = load("smollm2", dtype="float32")
-        hmm, head = cached_hmm(lm), twist.fit(lm)
+        hmm = cached_hmm(lm)
         rows: list[Row] = [show_only(SUITE, "guide", "hmm", k, float(v)) for k, v in told(hmm).items()]
-        rows.append(show_only(SUITE, "guide", "twist", "seconds", float(head.about["seconds"])))  # pyright: ignore[reportArgumentType]
-        guides, powers = chosen(lm, {"smc, hmm guide": lambda t, b: with_hmm(t, hmm, b),
-                                     "smc, learned twist": lambda t, b: with_twist(t, head, b)})  # fmt: skip
-        rows += powers
-        for part in (lambda: accuracy(lm, guides, seeds), lambda: against_peer(lm, guides, peer, peer_script),
-                     lambda: precision(lm, hmm, runs), lambda: validity(lm, samples),
-                     lambda: five_prompts(lm, guides, max(2, seeds // 2), prompts)):  # fmt: skip
-            new = part()
+        guides, more = fitted(lm, hmm) if {"accuracy", "peer", "prompts"} & set(names) else ({}, [])
+        rows += more
+        run_part = {
+            "accuracy": lambda: accuracy(lm, guides, seeds),
+            "peer": lambda: against_peer(lm, guides, peer, peer_script),
+            "precision": lambda: precision(lm, hmm, runs), "validity": lambda: validity(lm, samples),
+            "prompts": lambda: five_prompts(lm, guides, max(2, seeds // 2), prompts),
+        }  # fmt: skip
+        for part in names:
+            new = run_part[part]()
             rows += new
             for r in new:
                 print(f"{r.name}, {r.method}: {r.metric} {r.value:.4g} {r.bar or ''} {r.note}", flush=True)
@@ -86,21 +94,32 @@ def run(
 Guided = Callable[[Target], Target]
 
 
-def chosen(lm: Any, guides: dict[str, Callable[[Target, float], Target]]) -> tuple[dict[str, Guided], list[Row]]:
-    """Each guide at the exponent whose log Z-hat spreads least over ten runs on the second prompt."""
-    target, out, rows = short_words_target(lm, PROMPTS[1]), {}, []
-    for name, make in guides.items():
-        spread = {}
-        for power in (1.0, 0.8, 0.6):
-            p = smc(make(target, power), n=16, runs=10, seed=600)
-            assert p.log_z is not None
-            spread[power] = float(p.log_z[0].std().nan_to_num(nan=math.inf))
-            rows.append(show_only(SUITE, f"{SHORT}, own_stop, {PROMPTS[1]!r}", name, f"sd of log Z-hat, psi^{power:g}",
-                                  spread[power], "10 runs of N = 16"))  # fmt: skip
-        best = min(spread, key=lambda b: spread[b])
-        out[name] = lambda t, make=make, best=best: make(t, best)
-        rows.append(show_only(SUITE, "guide", name, "exponent", best))
-    return out, rows
+def fitted(lm: Any, hmm: Any) -> tuple[dict[str, Guided], list[Row]]:
+    """The HMM's and a learned twist's guide, each at its exponent on the second prompt."""
+    head = twist.fit(lm)
+    target, name = short_words_target(lm, PROMPTS[1]), f"{SHORT}, own_stop, {PROMPTS[1]!r}"
+    rows = [show_only(SUITE, "guide", "twist", "seconds", float(head.about["seconds"]))]  # pyright: ignore[reportArgumentType]
+    guides: dict[str, Guided] = {}
+    for label, make in {"smc, hmm guide": lambda t, b: with_hmm(t, hmm, b),
+                        "smc, learned twist": lambda t, b: with_twist(t, head, b)}.items():  # fmt: skip
+        guides[label], more = chosen(target, name, label, make)
+        rows += more
+    return guides, rows
+
+
+def chosen(
+    target: Target, name: str, label: str, make: Callable[[Target, float], Target]
+) -> tuple[Guided, list[Row]]:  # fmt: skip
+    """A guide at the exponent whose log Z-hat spreads least over ten runs on a target; no reference is asked."""
+    spread, rows = {}, []
+    for power in (1.0, 0.8, 0.6, 0.4):
+        p = smc(make(target, power), n=16, runs=10, seed=600)
+        assert p.log_z is not None
+        spread[power] = float(p.log_z[0].std().nan_to_num(nan=math.inf))
+        rows.append(show_only(SUITE, name, label, f"sd of log Z-hat, psi^{power:g}", spread[power],
+                              "10 runs of N = 16"))  # fmt: skip
+    best = min(spread, key=lambda b: spread[b])
+    return lambda t: make(t, best), [*rows, show_only(SUITE, name, label, "exponent", best)]
 
 
 def told(hmm: Any) -> dict[str, Any]:
@@ -194,7 +213,8 @@ def precision(lm: Any, hmm: Any, runs: int, n: int = 32) -> list[Row]:
     ahead = infill(lm, *STORY, max_tokens=12, limit="own_stop")
     head = fit_twist(story, **STORY_TWIST)
     rows.append(show_only(SUITE, "infilling", "twist", "seconds", float(head.about["seconds"])))  # pyright: ignore[reportArgumentType]
-    return rows + worth("infilling", "smc, learned twist", story, with_twist(story, head), ahead, runs, n)
+    guide, more = chosen(story, "infilling", "smc, learned twist", lambda t, b: with_twist(t, head, b))
+    return rows + more + worth("infilling", "smc, learned twist", story, guide(story), ahead, runs, n)
 
 
 def worth(name: str, method: str, plain: Target, guided: Target, best: Target, runs: int, n: int) -> list[Row]:
@@ -222,7 +242,16 @@ def worth(name: str, method: str, plain: Target, guided: Target, best: Target, r
 
 
 STORY = ("Anna lost her keys.", "So she slept at a friend's house.")
-STORY_TWIST = {"rows": 96, "steps": 250, "samples": 48, "lr": 4e-3, "top": 64, "hidden": 64, "evaluate": 2}
+STORY_TWIST = {
+    "rows": 256,
+    "rounds": 3,
+    "steps": 250,
+    "samples": 64,
+    "lr": 3e-3,
+    "top": 64,
+    "hidden": 64,
+    "evaluate": 2,
+}
 WORDS = ("rain", "bus", "late")
 PET = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer",
        "minimum": 0, "maximum": 20}, "kind": {"enum": ["cat", "dog", "bird"]}},
