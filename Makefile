@@ -13,12 +13,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 PEER := .venv-genlm
+TORCHGFN := .venv-torchgfn
 
 # Tests give the same numbers on every machine, and touch no network.
 TEST_ENV := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_THREADS=$(THREADS) \
 	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help setup demo test test-slow test-gpu test-vllm check format bench bench-constraints docs clean distclean
+.PHONY: help setup demo test test-slow test-gpu test-vllm check format bench bench-constraints bench-graphs docs clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +84,15 @@ $(PEER)/.installed: benchmarks/peers/setup.sh
 	@PYTHON=$(PYTHON) sh benchmarks/peers/setup.sh $(PEER)
 	@touch $@
 
+bench-graphs: setup $(TORCHGFN)/.installed  ## policies over graphs beside chains and torchgfn (its own environment, 1.5 GB)
+	@mkdir -p $(RESULTS); OMP_NUM_THREADS=1 $(BIN)/retrodict bench graphs --peer $(TORCHGFN)/bin/python \
+		--json $(RESULTS)/graphs.json $(ARGS)
+
+$(TORCHGFN)/.installed: benchmarks/peers/setup_torchgfn.sh
+	@echo "Installing torchgfn into $(TORCHGFN): a minute or two."
+	@PYTHON=$(PYTHON) sh benchmarks/peers/setup_torchgfn.sh $(TORCHGFN)
+	@touch $@
+
 docs: setup  ## check every link between the pages, and run the tutorials
 	@$(TEST_ENV) $(BIN)/python docs/check.py
 
@@ -90,5 +100,5 @@ clean:  ## remove caches and build products; runs/ and .venv stay
 	@rm -rf build dist .pytest_cache .hypothesis .ruff_cache .import_linter_cache src/*.egg-info
 	@find src tests docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## remove .venv, .venv-vllm and .venv-genlm as well
-	@rm -rf $(VENV) $(VLLM) $(PEER)
+distclean: clean  ## remove .venv, .venv-vllm, .venv-genlm and .venv-torchgfn as well
+	@rm -rf $(VENV) $(VLLM) $(PEER) $(TORCHGFN)

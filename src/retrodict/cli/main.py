@@ -31,6 +31,9 @@ COMMANDS: dict[str, str] = {
     "sample": "draw from one target with one sampler",
     "train": "fine-tune a policy to sample the posterior in one pass",
     "compare": "several samplers on the same target, side by side",
+    "graph": "posterior over causal graphs of a table's columns, a language model as prior",
+    "worlds": "what can be true, given what is believed and what must hold together",
+    "plan": "what a story says of a map, and what to do there",
     "report": "build report.html from a run folder again; needs no model",
     "models": "which models can be loaded here, in which precision and where",
     "bench": "measure against the bars: retrodict bench exact --json FILE",
@@ -107,7 +110,7 @@ def _dispatch(words: list[str]) -> int:
     if command not in COMMANDS:
         raise InputError(f"unknown command {command!r}{nearest(command, COMMANDS)}")
     return {"demo": _demo, "sample": _sample, "compare": _sample, "train": _train, "report": _report, "models": _models,
-            "bench": _bench}[command](command, rest)  # fmt: skip
+            "graph": _graph, "worlds": _worlds, "plan": _plan, "bench": _bench}[command](command, rest)  # fmt: skip
 
 
 def usage() -> str:
@@ -199,12 +202,13 @@ class Report:
 
 
 def _report(command: str, words: list[str]) -> int:
+    from retrodict.cli.answers import rebuild
     from retrodict.report.html import write
 
     folder = parse(Report, command, words, ["folder"]).folder
     if not folder:
         raise InputError("report: which run folder? give one that a command wrote, such as runs/infill-001")
-    print(write(folder))
+    print(rebuild(folder) or write(folder))
     return 0
 
 
@@ -231,6 +235,18 @@ def _models(command: str, words: list[str]) -> int:
 
 def _demo(command: str, words: list[str]) -> int:
     return _run(command, words, _door("retrodict.cli.demo"))
+
+
+def _graph(command: str, words: list[str]) -> int:
+    return _run(command, words, _door("retrodict.cli.graph"))
+
+
+def _worlds(command: str, words: list[str]) -> int:
+    return _run(command, words, _door("retrodict.cli.worlds"))
+
+
+def _plan(command: str, words: list[str]) -> int:
+    return _run(command, words, _door("retrodict.cli.plan"))
 
 
 def _bench(command: str, words: list[str]) -> int:

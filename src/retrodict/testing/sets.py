@@ -1,7 +1,4 @@
-"""A toy space whose objects are reached by several paths: subsets of a few atoms, built in any order.
-
-The smallest latent that needs a backward probability: without ``log_pb`` a set of k atoms counts k! times.
-"""
+"""A policy and a target over subsets of a few atoms (``spaces.sets``), the smallest latent with several paths."""
 
 from __future__ import annotations
 
@@ -9,73 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from retrodict.policies.base import FiniteStepper, over_menu
 from retrodict.protocols import Problems
-from retrodict.records import CHOOSE, MUST_STOP, Menu, Problem, Rollouts
+from retrodict.records import Menu, Problem, Rollouts
 from retrodict.rng import generator
+from retrodict.spaces.sets import SetState, Subsets
 from retrodict.targets.algebra import Target
-
-
-@dataclass(frozen=True)
-class SetState:
-    """b subsets under construction."""
-
-    problem: Int[Tensor, " b"]
-    members: Bool[Tensor, "b a"]
-    n: Int[Tensor, " b"]
-
-
-@dataclass(frozen=True)
-class Subsets:
-    """Subsets of ``atoms`` atoms. A move adds an atom; one may stop at any time, and must when all are in."""
-
-    atoms: int = 3
-    n_stops: int = 1
-
-    @property
-    def max_moves(self) -> int:
-        """All atoms."""
-        return self.atoms
-
-    def start(self, problem: Int[Tensor, " b"]) -> SetState:
-        """b empty sets."""
-        return SetState(problem, torch.zeros(len(problem), self.atoms, dtype=torch.bool), torch.zeros_like(problem))
-
-    def menu(self, s: SetState) -> Menu:
-        """Any atom that is not in, or the stop."""
-        must = torch.where(s.n >= self.atoms, MUST_STOP, CHOOSE)
-        return Menu(~s.members, torch.ones_like(s.n, dtype=torch.bool), must)
-
-    def step(self, s: SetState, move: Int[Tensor, " b"]) -> SetState:
-        """Add one atom a row."""
-        return SetState(s.problem, s.members.scatter(1, move[:, None], True), s.n + 1)
-
-    def take(self, s: SetState, index: Tensor) -> SetState:
-        """Rows ``index``."""
-        return SetState(s.problem[index], s.members[index], s.n[index])
-
-    def replay(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> SetState:
-        """The sets after the first ``upto`` moves."""
-        s = self.start(rollouts.problem)
-        inside = torch.arange(rollouts.moves.shape[1]) < upto[:, None]
-        row, at = inside.nonzero().unbind(1)
-        s.members[row, rollouts.moves[row, at]] = True
-        return SetState(s.problem, s.members, upto)
-
-    def log_pb(self, s: SetState) -> Float[Tensor, " b"]:
-        """Any member may have been the last: -log n."""
-        return -s.n.clamp_min(1).double().log()
-
-    def keys(self, rollouts: Rollouts) -> list[tuple[int, ...]]:
-        """The sorted atoms."""
-        return [(*sorted(z[:k]), -1) for z, k in zip(rollouts.moves.tolist(), rollouts.n.tolist(), strict=True)]
-
-    def show(self, rollouts: Rollouts) -> list[str]:
-        """As a person writes a set."""
-        return ["{" + ", ".join(map(str, k[:-1])) + "}" for k in self.keys(rollouts)]
 
 
 class SetPolicy(FiniteStepper):
