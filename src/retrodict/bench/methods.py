@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from retrodict.bench import rows as files
 from retrodict.bench.reference import PROMPTS, read, short_words_target
 from retrodict.bench.rows import Row, show_only, write
 from retrodict.diagnostics.diversity import effective_distinct
@@ -103,18 +104,21 @@ def run(
         only: names of tasks, joined by commas; all by default.
         methods: names of methods, joined by semicolons; all by default.
         reference: particles of each of the eight runs behind a log Z that no file holds.
-        partial: a JSON file of the rows so far.
+        partial: a JSON file of the rows so far; another call with the same numbers goes on from there.
     """
     torch.set_num_threads(1)
     lm: Any = load("smollm2", dtype="float32")
-    rows: list[Row] = []
+    rows = files.read(Path(partial)) if partial else []
+    have = {(r.name, r.method): r.value for r in rows}
     for task in tasks(lm, cached_hmm(lm)):
         if only and task.name not in only.split(","):
             continue
-        truth, note = (task.log_z, "from its file") if task.log_z is not None else truth_of(task, reference)
-        rows.append(show_only(SUITE, task.name, "reference", "log Z", truth, note))
+        truth = have.get((task.name, "reference"))
+        if truth is None:
+            truth, note = (task.log_z, "from its file") if task.log_z is not None else truth_of(task, reference)
+            rows.append(show_only(SUITE, task.name, "reference", "log Z", truth, note))
         for name, method in METHODS.items():
-            if methods and name not in methods.split(";"):
+            if (methods and name not in methods.split(";")) or (task.name, name) in have:
                 continue
             rows += line(task, name, method, truth, budget, seeds)
             if partial:

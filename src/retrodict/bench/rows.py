@@ -89,6 +89,14 @@ def write(rows: Sequence[Row], path: Path) -> None:
     part.replace(path)
 
 
+def read(path: Path) -> list[Row]:
+    """Rows of a file that :func:`write` wrote; none where there is no file."""
+    if not path.is_file():
+        return []
+    told = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [Row(**{**row, "value": float(row["value"])}) for row in told]
+
+
 LONG = 100
 """Above so many rows, those of one (name, method) share a line of the printed table."""
 
