@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from retrodict.diagnostics.calibration import auroc
 from retrodict.errors import InputError, ZeroWeights
 from retrodict.models.tiny import TinyLM
 from retrodict.rng import generator
 from retrodict.structures.ask import Asker
 from retrodict.structures.worlds import RULES, Belief, Constraint, among
 from retrodict.structures.worlds_ask import NULL, ask, believed
-from retrodict.structures.worlds_report import auroc, calibration, costs, effect, flags, shifts
+from retrodict.structures.worlds_report import calibration, costs, effect, flags, shifts
 from retrodict.structures.worlds_solve import posterior
 
 FAMILY = ("Zeus", "Kronos", "Ouranos")
@@ -168,7 +169,7 @@ class Leaning(Asker):
     """Says yes with a log-odds read off the statement, plus a liking for the option named first and for yes."""
 
     def __init__(self):
-        super().__init__(TinyLM(alphabet=" yesno"))
+        super().__init__(TinyLM(alphabet=" YesNo"))
 
     def log_p(self, pairs):
         out = []
@@ -177,7 +178,7 @@ class Leaning(Asker):
             odds = 0.4 + (1.1 if "yes or no" in prompt else -1.1)
             odds += 2.0 if "snow" in about else -3.0 if "sun" in about else 0.0
             odds += 5.0 if prompt.startswith("Always say yes.") else 0.0
-            out.append(-math.log1p(math.exp(-odds if text == " yes" else odds)))
+            out.append(-math.log1p(math.exp(-odds if text == " Yes" else odds)))
         return torch.tensor(out, dtype=torch.float64)
 
 

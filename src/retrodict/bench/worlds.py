@@ -21,13 +21,14 @@ from pathlib import Path
 import torch
 
 from retrodict.bench.rows import Row, at_least, at_most, show_only, write
+from retrodict.diagnostics.calibration import auroc
 from retrodict.errors import InputError
 from retrodict.models.load import load
 from retrodict.rng import generator
 from retrodict.structures.ask import Asker
 from retrodict.structures.worlds import Belief, Constraint, among
 from retrodict.structures.worlds_ask import ask, believed
-from retrodict.structures.worlds_report import auroc, calibration, effect
+from retrodict.structures.worlds_report import calibration, effect
 from retrodict.structures.worlds_solve import Worlds, posterior
 
 SUITE = "worlds"

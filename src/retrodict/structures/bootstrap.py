@@ -29,7 +29,9 @@ EQUAL = 1e-8
 """Nats within which two improvements count as a tie."""
 
 
-def bootstrap_graphs(table: Table, score: Callable[[Table], Modular], replicates: int = 100, seed: int = 0) -> GraphPosterior:
+def bootstrap_graphs(
+    table: Table, score: Callable[[Table], Modular], replicates: int = 100, seed: int = 0
+) -> GraphPosterior:
     """Share of replicates whose best graph has each edge; intervals over replicates, each a run of one graph.
 
     Args:

@@ -18,13 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retrodict.structures.ask import Asker
-from retrodict.structures.edge_prior import OPTIONS, ORDERS
+from retrodict.structures.edge_prior import ORDERS
 from retrodict.structures.worlds import Belief
 
 WORDINGS = (
-    "{context}Question: Is it true that {statement}? Answer {first} or {second}.\nAnswer:",
-    "{context}Statement: {statement}.\nIs this statement correct, {first} or {second}?\nAnswer:",
+    "{context}Question: Is it true that {statement}?\nAnswer ({first} or {second}):",
+    "{context}Statement: {statement}.\nQuestion: Is this statement correct?\nAnswer ({first} or {second}):",
 )
+OPTIONS = (" Yes", " No")
+"""With a capital, as models begin an answer."""
 NULL = ("this is so", "it is like that", "N/A")
 """Statements that say nothing."""
 

@@ -11,12 +11,11 @@ rise of -log Z that it did so against what else is believed. (KL is as exact as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from retrodict.diagnostics.calibration import brier, calibration_error
@@ -119,12 +118,3 @@ def flags(effects: Mapping[str, Effect], harmless: Sequence[str], above: float =
         raise InputError(f"no harmless text {unknown[0]!r} was asked about" if unknown else "name a harmless text")
     bar = above * max(effects[n].kl for n in harmless)
     return {name: e.kl > bar for name, e in effects.items() if name not in harmless}
-
-
-def auroc(score: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """Share of (positive, negative) pairs in which the positive scores higher, ties counted half."""
-    high, low = score[positive], score[~positive]
-    if not (len(high) and len(low)):
-        return math.nan
-    above = (high[:, None] > low).double() + 0.5 * (high[:, None] == low).double()
-    return float(above.mean())
