@@ -20,8 +20,9 @@ def render(answer: Mapping[str, Any]) -> str:
     aim = f"to {names[answer['goal']]}" if answer["goal"] is not None else "to the most money"
     lead = (f"Maps of {len(names)} places in proportion to their posterior given the story ({how}), and the plan from "
             f"{names[answer['start']]} {aim} that is best over {answer['draws']:,} worlds drawn from it.")  # fmt: skip
+    story = " ".join(answer["text"].split())
     body = [f'<p class="kicker">{esc(kicker)}</p><h1>{esc(title)}</h1><p class="lead">{esc(lead)}</p>',
-            f'<div class="story">{text(" ".join(answer["text"].split()), 6000)}</div>', "<h2>Plans</h2>", _plans(answer),
+            f'<div class="story">{text(story, 6000)}</div>', "<h2>Plans</h2>", _plans(answer),
             "<h2>Map</h2>", _maps(answer), "<h2>Sentences</h2>", _sentences(answer), _record(config)]  # fmt: skip
     return page(f"{title} – retrodict", "\n".join(body))
 
