@@ -16,23 +16,28 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "docs" / "figures"
 
 
+PANELS = {"gap (nats)": "upper - lower bound of log Z (nats)", "lower bound (nats)": "lower bound of log Z (nats)"}
+
+
 def quality() -> None:
-    """Evidence gap against seconds of training, a line for each objective."""
+    """Evidence gap, and lower bound, against seconds of training; a line for each objective."""
     path = ROOT / "benchmarks" / "results" / "quality.json"
     if not path.is_file():
         return
     data = json.loads(path.read_text(encoding="utf-8"))
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in data["rows"]:
-        found = re.fullmatch(r"gap \(nats\) after (\d+) s", row["metric"])
-        if found:
-            lines.setdefault(row["method"], []).append((float(found[1]), float(row["value"])))
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for (name, points), marker in zip(lines.items(), "osD^vP", strict=False):
-        axes.plot(*zip(*points, strict=True), marker=marker, label=name)
-    axes.set(xlabel="seconds of training", ylabel="upper - lower bound of log Z (nats)", ylim=(0, None))
-    axes.set_title(data["rows"][0]["name"], fontsize=9)
-    axes.legend(frameon=False)
+    figure, both = plt.subplots(1, 2, figsize=(10, 4))
+    for axes, (metric, words) in zip(both, PANELS.items(), strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in data["rows"]:
+            found = re.fullmatch(rf"{re.escape(metric)} after (\d+) s", row["metric"])
+            if found:
+                lines.setdefault(row["method"], []).append((float(found[1]), float(row["value"])))
+        for (name, points), marker in zip(lines.items(), "osD^vP", strict=False):
+            axes.plot(*zip(*points, strict=True), marker=marker, label=name)
+        axes.set(xlabel="seconds of training", ylabel=words)
+    both[0].set_ylim(0, None)
+    both[0].legend(frameon=False, fontsize=8)
+    figure.suptitle(data["rows"][0]["name"], fontsize=9)
     OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / "quality.svg", bbox_inches="tight", metadata={"Date": None})
 

@@ -47,6 +47,7 @@ def test_the_density_is_the_average_over_templates_and_orders(length):
     lm = model()
     orders = node_orders(3, 4)
     assert len(set(orders)) == 4 and orders[0] == (0, 1, 2) and len(node_orders(3, 99)) == 6
+    assert len(node_orders(6, 999)) == 720
     describer = Describer(Asker(lm), NAMES, context="Weather. ", orders=orders, length=length)
     graphs, found = describer.exact(Dags(3))
     want = []

@@ -93,6 +93,8 @@ def test_few_rows_can_be_accepted_and_names_are_checked(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words):
             call()
     graph = read_edges(write(tmp_path, '"Cause","Effect"\n"rain","grass"\n'), ("grass", "rain"))
+    bare = read_edges(write(tmp_path, "a,b\nb,c\n", "bare.csv"), ("a", "b", "c"))
+    assert bare.nonzero().tolist() == [[0, 1], [1, 2]]  # without a header no edge is lost
     assert graph.tolist() == [[False, False], [True, False]]
 
 
@@ -120,6 +122,8 @@ def test_a_network_is_read_and_sampled_by_its_tables(tmp_path: Path) -> None:
     [
         (("( rain ) {", "( snow ) {"), "a probability of 'snow', which is no variable"),
         (("table 0.2, 0.8", "table 0.2, 0.7"), "probabilities of 'rain'"),
+        (("table 0.2, 0.8", "table 0.2, x"), "'rain' has probabilities that are no numbers: 0.2, x"),
+        (("default 1.0, 0.0, 0.0", "default 1.0, 0.0"), "a row of 'grass' has 2 numbers, not 3"),
         (("  default 1.0, 0.0, 0.0;\n", ""), "probabilities of 'grass' do not cover every state"),
         (("(on, yes)", "(maybe, yes)"), "has a row for .maybe, yes."),
         (("probability ( rain ) { table 0.2, 0.8; }", ""), "no probability for 'rain'"),

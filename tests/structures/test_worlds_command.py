@@ -94,6 +94,8 @@ def test_a_model_is_asked_what_the_file_leaves_open(tmp_path: Path, capsys, monk
         ("beliefs:\n  - {says: a, p: 1}\n  - {says: b, p: 1}\nconstraints:\n  - exclusive: [a, b]",
          "exclusive(a | b) and 'a' (p = 1) and 'b' (p = 1) contradict each other"),
         ("name: x\nname: y", "line 2: the key 'name' stands twice"),
+        ("beliefs:\n  - {says: 2020-13-45}", "line 2, beliefs[0].says: cannot read '2020-13-45'; write it in quotes"),
+        ("beliefs:\n  - {says: a, p: !x 0.5}", "line 2, beliefs[0].p: cannot read '0.5'"),
         ("name: x", "no beliefs; give at least one statement"),
     ],
 )  # fmt: skip

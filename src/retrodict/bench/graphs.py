@@ -125,7 +125,7 @@ def _method(name: str, method: str, found: list[Found], bar: float | None, most:
         show_only(*held, "Jensen-Shannon divergence (nats)", statistics.fmean(js)),
         show_only(*held, "processor seconds", max(cpu)) if most is None else
         at_most(*held, "processor seconds", max(cpu), most, "of the slowest seed"),
-        show_only(*held, "wall seconds", max(wall), "of the slowest seed; other work ran on the machine"),
+        show_only(*held, "wall seconds", max(wall), "of the slowest seed"),
     ]  # fmt: skip
 
 

@@ -192,7 +192,7 @@ def run(
     cache: str = "",
     partial: str = "",
 ) -> list[Row]:
-    """Both tables; about six minutes of one core's time.
+    """Both tables; some minutes of one core.
 
     Args:
         copies: stories of each family and condition; 0 leaves the maps out.

@@ -56,3 +56,5 @@ def read_yaml(path: str) -> Any:
         at = getattr(error, "problem_mark", None)
         where = f", line {at.line + 1}" if at is not None else ""
         raise InputError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    except ValueError as error:  # a date that is none
+        raise InputError(f"{path}: {error}; write dates in quotes") from None

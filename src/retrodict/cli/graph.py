@@ -8,6 +8,7 @@ data speak alone; without data the language model does. Everything is checked be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,8 @@ def run(
     config = {k: v for k, v in locals().items() if v not in ("", None)}
     if alpha is not None and not lm:
         raise InputError("--alpha is the exponent of a language model's prior; give --lm too, such as --lm smollm2")
+    if alpha is not None and not 0 <= alpha < math.inf:
+        raise InputError(f"--alpha must be a number from 0 up, not {alpha:g}; 0 leaves the language model out")
     if not data and not (lm and variables):
         raise InputError("graph: give a CSV file; or --variables and --lm, for what a language model believes alone")
     told = codebook(variables) if variables else {}
@@ -271,7 +274,7 @@ def show(answer: Mapping[str, Any]) -> None:
     for k, g in enumerate(answer["top"][:3]):
         words = ", ".join(f"{names[i]} -> {names[j]}" for i, j in g["edges"]) or "no edges"
         print(f"{'' if k else chr(10)}graph of weight {g['weight']:.1%}: {words}")
-    if answer["gain"]:
+    if answer["gain"] and answer["exact"]:  # over a sample in which every graph is new it is near 0 whatever is true
         best = max(range(len(names)), key=answer["gain"].__getitem__)
         print(
             f"\nmost telling experiment: set {names[best]}, {answer['gain'][best]:.2f} nats that data alone cannot give"

@@ -173,7 +173,8 @@ def _experiments(answer: Mapping[str, Any]) -> str:
     if not answer["gain"]:
         return ""
     told = ("Expected information about the graph, in nats, if the variable were set by hand and very many rows were "
-            "seen: the part that data without experiments cannot give, however much of it there is.")  # fmt: skip
+            "seen: the part that data without experiments cannot give, however much of it there is. Where a sample "
+            "stands for very many graphs it comes out low: read the order.")  # fmt: skip
     rows = sorted(zip(answer["names"], answer["gain"], strict=True), key=lambda x: -x[1])
     cells = [[name, f"{gain:.3f}"] for name, gain in rows]
     return f"<h2>The next experiment</h2><p class='soft'>{esc(told)}</p>{table(['set', 'gain'], cells)}"

@@ -97,7 +97,10 @@ class At:
         """What a scalar stands for."""
         if not isinstance(self.node, yaml.ScalarNode):
             self.fail("expected one value")
-        return yaml.SafeLoader("").construct_object(self.node)
+        try:
+            return yaml.SafeLoader("").construct_object(self.node)
+        except (yaml.YAMLError, ValueError):  # an unknown tag, or a date that is none
+            self.fail(f"cannot read {self.node.value!r}; write it in quotes")
 
     def text(self) -> str:
         """A text; numbers and dates are taken as written, true and false are not."""
@@ -107,8 +110,9 @@ class At:
 
     def share(self) -> float:
         """A probability."""
+        x = self.value
         try:
-            return values.SHARE.of(self.value)
+            return values.SHARE.of(x)
         except ValueError as error:
             self.fail(str(error))
 

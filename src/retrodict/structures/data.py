@@ -190,9 +190,10 @@ def _marks(path: Path, names: Sequence[str], marked: Sequence[str]) -> Bool[Tens
 
 
 def read_edges(path: str | os.PathLike[str], names: Sequence[str]) -> Bool[Tensor, "d d"]:
-    """A graph from a CSV file with two columns, cause and effect (a header line is skipped)."""
+    """A graph from a CSV file with two columns, cause and effect; a first line that names no variables is a header."""
     path = Path(path)
-    _, rows = _cells(path)
+    head, rows = _cells(path)
+    rows = [head, *rows] if all(word in names for word in head[:2]) else rows
     graph = torch.zeros(len(names), len(names), dtype=torch.bool)
     for i, row in enumerate(rows, 1):
         for word in row[:2]:

@@ -20,6 +20,7 @@ and scored once (``Asker`` keeps the texts). Source: the talk's first formula; n
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,8 +78,8 @@ def node_orders(d: int, count: int, seed: int = 0) -> tuple[tuple[int, ...], ...
     """``count`` different orders of d nodes, the plain one first; all of them where there are no more."""
     if count < 1:
         raise InputError(f"give at least one node order, not {count}")
-    if d <= 5 and len(every := list(itertools.permutations(range(d)))) <= count:
-        return tuple(every)
+    if math.factorial(d) <= count:
+        return tuple(itertools.permutations(range(d)))
     gen, found = generator(seed), {tuple(range(d)): None}
     while len(found) < count:
         found[tuple(torch.randperm(d, generator=gen).tolist())] = None

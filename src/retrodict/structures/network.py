@@ -109,7 +109,12 @@ def _table(file: str, name: str, body: str, given: list[tuple[str, ...]], k: int
     """One conditional table; every configuration of the parents must have a row."""
     table = torch.full((*map(len, given), k), torch.nan, dtype=torch.float64)
     for states, word, numbers in ENTRY.findall(body):
-        row = torch.tensor([float(x) for x in re.split(r"[\s,]+", numbers.strip()) if x], dtype=torch.float64)
+        try:
+            row = torch.tensor([float(x) for x in re.split(r"[\s,]+", numbers.strip()) if x], dtype=torch.float64)
+        except ValueError:
+            raise InputError(f"{file}: {name!r} has probabilities that are no numbers: {numbers.strip()}") from None
+        if word != "table" and row.numel() != k:
+            raise InputError(f"{file}: a row of {name!r} has {row.numel()} numbers, not {k}")
         if word == "table":
             if row.numel() != table.numel():
                 raise InputError(f"{file}: the table of {name!r} has {row.numel()} numbers, not {table.numel()}")

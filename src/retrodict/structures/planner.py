@@ -11,7 +11,7 @@ since an optimal walk repeats no place (every step costs). Over n maps sampled f
 
 both unbiased over independent draws of worlds, exact where the worlds are all of them with their weights. U_w is, by
 kind of question: ``first``, V_w(a) - COST where the step is open and -COST where it is not; ``way``, 1 where every
-step of the path is open, else 0; ``worth``, R_w(a) - COST * distance, 0 where it cannot be reached. Source: Bellman
+step of the path is open, else 0; ``worth``, max(0, R_w(a) - COST * distance), 0 where there is no way. Source: Bellman
 1957; answers by posterior expected utility as in any decision under uncertainty (DeGroot 1970, ch. 8).
 """
 
