@@ -35,9 +35,12 @@ def quality() -> None:
         for (name, points), marker in zip(lines.items(), "osD^vP", strict=False):
             axes.plot(*zip(*points, strict=True), marker=marker, label=name)
         axes.set(xlabel="seconds of training", ylabel=words)
-    both[0].set_ylim(0, None)
+    start = {r["metric"]: float(r["value"]) for r in reversed(data["rows"])}  # all methods begin as the prior
+    gap, lower = start["gap (nats) after 0 s"], start["lower bound (nats) after 0 s"]
+    both[0].set_ylim(0, 2 * gap)
+    both[1].set_ylim(lower - gap / 2, lower + gap / 4)
     both[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(data["rows"][0]["name"], fontsize=9)
+    figure.suptitle(f"{data['rows'][0]['name']}; a curve that leaves the frame is in the table", fontsize=9)
     OUT.mkdir(exist_ok=True)
     figure.savefig(OUT / "quality.svg", bbox_inches="tight", metadata={"Date": None})
 

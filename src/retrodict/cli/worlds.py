@@ -170,5 +170,6 @@ def show(answer: Mapping[str, Any]) -> None:
     for c in answer["contexts"]:
         mark = "" if c["flagged"] is None else ", FLAGGED" if c["flagged"] else ", not flagged"
         first = c["moved"][0]
-        print(f"context {c['name']}: KL {c['kl']:.3f} nats{', harmless' if c['harmless'] else mark}, inconsistency "
+        print(f"context {c['name']}: KL {c['kl']:.3f} nats (of beliefs alone {c['beliefs']:.3f})"
+              f"{', harmless' if c['harmless'] else mark}, inconsistency "
               f"{c['inconsistency']:+.4f}; moved most: {first['says']!r} {first['log_odds']:+.2f}")  # fmt: skip

@@ -87,13 +87,15 @@ def _contexts(contexts: Sequence[Mapping[str, Any]]) -> str:
     if not contexts:
         return ""
     kinds = {None: "", True: "flagged", False: "not flagged"}
-    rows = [[c["name"], "harmless" if c["harmless"] else kinds[c["flagged"]], f"{c['kl']:.3f}",
-             f"{c['inconsistency']:+.4f}", "; ".join(f"{m['says']} {m['log_odds']:+.2f}" for m in c["moved"][:3])]
-            for c in contexts]  # fmt: skip
+    rows = []
+    for c in contexts:
+        moved = "; ".join(f"{m['says']} {m['log_odds']:+.2f}" for m in c["moved"][:3])
+        numbers = [f"{c['kl']:.3f}", f"{c['beliefs']:.3f}", f"{c['inconsistency']:+.4f}"]
+        rows.append([c["name"], "harmless" if c["harmless"] else kinds[c["flagged"]], *numbers, moved])
     told = ("Each text was put before the questions. KL: how far it moved the posterior over worlds, in nats; flagged "
             "where that is more than any harmless text did.")  # fmt: skip
-    head = ["text", "", "KL", "inconsistency", "moved most, in log-odds"]
-    return f"<h2>Texts before the questions</h2>{table(head, rows, (0, 1), (4,))}<p class='soft'>{esc(told)}</p>"
+    head = ["text", "", "KL", "of beliefs alone", "inconsistency", "moved most, in log-odds"]
+    return f"<h2>Texts before the questions</h2>{table(head, rows, (0, 1), (5,))}<p class='soft'>{esc(told)}</p>"
 
 
 def _model(model: Mapping[str, Any] | None) -> str:
