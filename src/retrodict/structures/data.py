@@ -193,7 +193,7 @@ def read_edges(path: str | os.PathLike[str], names: Sequence[str]) -> Bool[Tenso
     """A graph from a CSV file with two columns, cause and effect; a first line that names no variables is a header."""
     path = Path(path)
     head, rows = _cells(path)
-    rows = [head, *rows] if all(word in names for word in head[:2]) else rows
+    rows = [head, *rows] if len(head) == 2 and all(word in names for word in head) else rows
     graph = torch.zeros(len(names), len(names), dtype=torch.bool)
     for i, row in enumerate(rows, 1):
         for word in row[:2]:
