@@ -17,9 +17,10 @@ from retrodict.rng import generator
 from retrodict.spaces.dags import Dags
 from retrodict.structures.data import Table
 from retrodict.structures.law import graph_law
-from retrodict.structures.train import data_features, graph_policy, one_thread, sample_graphs
+from retrodict.structures.train import data_features, graph_policy, sample_graphs
 from retrodict.testing.graphs import graph_toy
 from retrodict.testing.laws import check_policy, random_rollouts
+from retrodict.training.threads import one_thread
 
 LIMITS = Dags(4, required=((0, 3),), forbidden=((2, 1),), max_parents=2, max_edges=4)
 

@@ -31,9 +31,10 @@ from retrodict.structures.modular import Modular
 from retrodict.structures.posterior import GraphPosterior
 from retrodict.structures.scores import bge
 from retrodict.structures.target import graph_target
-from retrodict.structures.train import amortize_graphs, graph_policy, one_thread
+from retrodict.structures.train import amortize_graphs, graph_policy
 from retrodict.testing.graphs import NoBackward
 from retrodict.testing.waves import waves
+from retrodict.training.threads import one_thread
 
 SUITE = "graphs"
 PEER = "torchgfn 2.4.1"

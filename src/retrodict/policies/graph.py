@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from retrodict.errors import InputError
 from retrodict.numerics import NEG_INF
 from retrodict.policies.base import FiniteStepper
+from retrodict.policies.layers import MLP, layer_norm, linear
 from retrodict.protocols import Problems
 from retrodict.records import PAD, Menu, Rollouts, Scores
 from retrodict.rng import generator
@@ -42,27 +43,18 @@ class Net(Protocol):
     ) -> tuple[Float[Tensor, " u"], Float[Tensor, "u e"]]: ...
 
 
-class GraphMLP:
+class GraphMLP(MLP):
     """A multi-layer perceptron on the d^2 entries of the adjacency matrix (and the features): for small d."""
 
     def __init__(self, d: int, features: int = 0, hidden: int = 256, layers: int = 2, seed: int = 0) -> None:
-        gen, sizes = generator(seed), [d * d * (1 + features), *[hidden] * layers]
-        self.parameters: dict[str, Tensor] = {}
-        for k, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-            linear(self.parameters, str(k), a, b, gen, gain=2**0.5)
-        linear(self.parameters, "out", hidden, d * d + 1, gen, gain=0.1)
-        self.layers = layers
+        super().__init__(d * d * (1 + features), d * d + 1, hidden, layers, seed)
 
     def __call__(
         self, graph: Bool[Tensor, "u d d"], features: Float[Tensor, "u d d c"] | None
     ) -> tuple[Float[Tensor, " u"], Float[Tensor, "u e"]]:
         """Logits of stopping and of each edge."""
-        w, x = self.parameters, graph.flatten(1).float()
-        if features is not None:
-            x = torch.cat([x, features.flatten(1)], 1)
-        for k in range(self.layers):
-            x = F.relu(F.linear(x, w[f"{k}.weight"], w[f"{k}.bias"]))
-        out = F.linear(x, w["out.weight"], w["out.bias"])
+        x = graph.flatten(1).float()
+        out = super().__call__(x if features is None else torch.cat([x, features.flatten(1)], 1))
         return out[:, 0], out[:, 1:]
 
 
@@ -102,9 +94,9 @@ class GraphAttention:
             x = x + self._linear("features", features)
         x = x.flatten(1, 2)
         for k in range(self.layers):
-            x = x + self._linear(f"{k}.mix", self._attend(self._linear(f"{k}.qkv", _norm(x))))
-            x = x + self._linear(f"{k}.down", F.gelu(self._linear(f"{k}.up", _norm(x))))
-        x = _norm(x)
+            x = x + self._linear(f"{k}.mix", self._attend(self._linear(f"{k}.qkv", layer_norm(x))))
+            x = x + self._linear(f"{k}.down", F.gelu(self._linear(f"{k}.up", layer_norm(x))))
+        x = layer_norm(x)
         return self._linear("stop", x.mean(1)).squeeze(1), self._linear("edge", x).squeeze(2)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -113,16 +105,6 @@ class GraphAttention:
     def _attend(self, qkv: Float[Tensor, "u e w3"]) -> Float[Tensor, "u e w"]:
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in qkv.chunk(3, -1))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def linear(w: dict[str, Tensor], name: str, a: int, b: int, gen: torch.Generator, gain: float = 1.0) -> None:
-    """Put a layer from a to b numbers into ``w``: weights of variance gain^2 / a, biases 0."""
-    w[f"{name}.weight"] = torch.randn(b, a, generator=gen).mul_(gain / a**0.5).requires_grad_()
-    w[f"{name}.bias"] = torch.zeros(b, requires_grad=True)
-
-
-def _norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
 
 
 class GraphPolicy(FiniteStepper):

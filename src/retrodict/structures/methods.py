@@ -30,7 +30,8 @@ from retrodict.structures.modular import MOST_TABLE, Modular
 from retrodict.structures.posterior import GraphPosterior, named, sampled
 from retrodict.structures.subsets import subset_marginals
 from retrodict.structures.target import graph_target
-from retrodict.structures.train import amortize_graphs, one_thread
+from retrodict.structures.train import amortize_graphs
+from retrodict.training.threads import one_thread
 
 METHODS = ("exact", "subsets", "order", "structure", "amortized")
 BATCHES, DRAWS, FEW = 16, 1024, 0.02

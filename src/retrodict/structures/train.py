@@ -7,8 +7,6 @@ SubTB, VarGrad and pooled are the same call. Small nets run on one torch thread:
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,23 +20,13 @@ from retrodict.spaces.dags import Dags
 from retrodict.structures.data import Table
 from retrodict.targets.algebra import Target
 from retrodict.training.amortize import amortize
+from retrodict.training.threads import one_thread
 
 PLAN: dict[str, Any] = {
     "objective": "db", "steps": 1000, "samples": 256, "lr": 5e-3, "lr_end": 0.01, "tempered": 1.0,
     "temperatures": (1.0, 1.0), "epsilon": 0.1, "evaluate": 256,
 }  # fmt: skip
 """The defaults: every row drawn with one uniform move in ten, Adam from 5e-3 along a cosine to a hundredth of it."""
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One torch thread inside, as many as before after it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def graph_policy(target: Target, net: str = "mlp", seed: int = 0, **sizes: int) -> GraphPolicy:
