@@ -64,6 +64,11 @@ def sample_categorical(log_p: Float[Tensor, "b v"], gen: torch.Generator) -> Int
     return invert_cdf((log_p - torch.where(top.isfinite(), top, 0.0)).exp(), u).squeeze(1)
 
 
+def total_variation(log_p: Float[Tensor, " n"], log_q: Float[Tensor, " n"]) -> float:
+    """1/2 sum |p - q| of two laws over the same objects, each normalised first."""
+    return float((log_p.double().softmax(0) - log_q.double().softmax(0)).abs().sum() / 2)
+
+
 def jackknife_log_mean(log_z: Float[Tensor, "... r"], dim: int = -1) -> tuple[Tensor, Tensor]:
     """log of the mean of exp(log_z) over r independent runs, and its jackknife standard error (nats).
 

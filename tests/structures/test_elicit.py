@@ -9,7 +9,7 @@ import torch
 
 from retrodict.errors import InputError
 from retrodict.models.tabular import TabularLM
-from retrodict.numerics import log_mean_exp
+from retrodict.numerics import log_mean_exp, total_variation
 from retrodict.objectives.residual import residual
 from retrodict.records import Problem
 from retrodict.rng import generator
@@ -23,7 +23,6 @@ from retrodict.structures.elicit import (
     exact_log_r,
     naive_log_r,
     pseudo_marginal,
-    total_variation,
     uniform,
 )
 from retrodict.structures.mcmc_structure import apply, neighbours

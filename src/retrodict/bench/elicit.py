@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retrodict.bench.rows import Row, at_most, show_only
 from retrodict.models.load import load
+from retrodict.numerics import total_variation
 from retrodict.records import PAD, Problem
 from retrodict.rng import generator
 from retrodict.spaces.dags import Dags, all_dags, graph_codes
@@ -114,7 +115,7 @@ def forms(
     graphs, rows = all_dags(3), []
     zero, law = elicit.uniform(graphs), SEEN.law(graphs)
     exact = elicit.exact_log_r(zero, law, log_lm)
-    tv = elicit.total_variation
+    tv = total_variation
 
     def held(method: str, metric: str, value: float, note: str = "") -> None:
         rows.append(at_most(SUITE, name, method, metric, value, BAR, note))

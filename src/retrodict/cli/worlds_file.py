@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 import yaml
 
 from retrodict.cli import values
+from retrodict.cli.answers import read_yaml
 from retrodict.errors import InputError, nearest
 from retrodict.structures.worlds import OF_RELATION, OF_STATEMENTS, Belief, Constraint, among, check
 
@@ -143,15 +144,7 @@ def read(path: str) -> WorldsFile:
 
 
 def _root(path: str) -> yaml.Node:
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path!r}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        at = f", line {mark.line + 1}" if mark is not None else ""
-        raise InputError(f"{path}{at}: not YAML: {getattr(error, 'problem', None) or 'cannot be read'}") from None
+    root = read_yaml(path, lambda text: yaml.compose(text, Loader=yaml.SafeLoader))
     if root is None:
         raise InputError(f"{path}: the file is empty; it needs beliefs")
     return root

@@ -30,6 +30,8 @@ from retrodict.targets.choice import answer_ids
 
 BATCH = 64
 """(prompt, text) pairs scored in one pass."""
+NULL_PROMPT = "Text:"
+"""What stands for no context where the gain of a text over a context-free one is asked."""
 MOSTLY = 0.5
 """An answer is counted as outside its options where they have less than this share of the mass."""
 

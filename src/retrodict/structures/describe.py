@@ -34,7 +34,7 @@ from retrodict.numerics import NEG_INF, log_mean_exp
 from retrodict.records import Problem, Rollouts
 from retrodict.rng import generator
 from retrodict.spaces.dags import Dags, adjacency
-from retrodict.structures.ask import Asker
+from retrodict.structures.ask import NULL_PROMPT, Asker
 from retrodict.structures.edge_prior import Variables, phrases_of
 from retrodict.targets.algebra import Factor, Target
 
@@ -70,7 +70,6 @@ TEMPLATES: tuple[Template, ...] = (by_cause, by_effect, as_arrows)
 PROMPTS = ("{context}This is how {names} depend on each other.", "{context}The causes of {names} are these.",
            "{context}The causal links among {names}:")  # fmt: skip
 """What each template follows; {names} in the order at hand."""
-NULL_PROMPT = "Text:"
 LENGTHS = ("raw", "null", "per_edge")
 
 

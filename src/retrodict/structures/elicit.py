@@ -82,11 +82,6 @@ def naive_log_r(
     return log_prior + lift.squeeze(1) + out - math.log(k)
 
 
-def total_variation(log_p: Float[Tensor, " n"], log_q: Float[Tensor, " n"]) -> float:
-    """1/2 sum |p - q| of two densities, each normalised first."""
-    return float((log_p.softmax(0) - log_q.softmax(0)).abs().sum() / 2)
-
-
 # -- naive: an estimate where the value would stand -------------------------------------------------------------------
 
 

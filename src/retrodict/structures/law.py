@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from retrodict import numerics
 from retrodict.errors import InputError
 from retrodict.numerics import NEG_INF
 from retrodict.policies.base import FiniteStepper
@@ -80,7 +81,7 @@ def log_evidence(target: Target, problem: int = 0) -> float:
 
 def total_variation(a: Law, b: Law) -> float:
     """1/2 sum |a - b|."""
-    return float((a.log_p.exp() - b.log_p.exp()).abs().sum() / 2)
+    return numerics.total_variation(a.log_p, b.log_p)
 
 
 def jensen_shannon(a: Law, b: Law) -> float:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from retrodict.errors import InputError
 from retrodict.numerics import log_mean_exp
-from retrodict.structures.ask import Asker
+from retrodict.structures.ask import NULL_PROMPT, Asker
 from retrodict.structures.edge_prior import Variables, phrases_of
 
 NONE, TOGETHER, APART = 0, 1, 2
@@ -110,7 +110,6 @@ TEMPLATES: tuple[tuple[str, ...], ...] = (
 )  # fmt: skip
 """A sentence for each report (none, together, apart), in several wordings."""
 PROMPT = "{context}This is what is known about {names}."
-NULL_PROMPT = "Text:"
 
 
 @dataclass(frozen=True)
