@@ -7,6 +7,7 @@ THREADS ?= 1
 SUITES ?= exact speed
 RESULTS ?= benchmarks/results
 ARGS ?=
+WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -23,7 +24,7 @@ TEST_ENV := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS) OPENBLAS_NUM_T
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Settings: PYTHON=python3.12 (before the first set-up), THREADS=2, SUITES=\"exact speed\", ARGS=\"-k smc\""
+	@echo "  Settings: PYTHON=python3.12 (before the first set-up), THREADS=2, WORKERS=1, SUITES=\"exact speed\", ARGS=\"-k smc\""
 
 setup: $(STAMP)  ## install everything into .venv (the other targets do it where needed)
 
@@ -44,7 +45,7 @@ demo: setup  ## posterior inference on a small real language model, with a bound
 	@$(BIN)/retrodict demo $(ARGS)
 
 test: setup  ## the tests, real language model included (ARGS="-k smc" narrows them)
-	@$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not vllm" $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu and not vllm" $(ARGS)
 
 test-slow: setup  ## the tests that take minutes each
 	@$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu and not vllm" --timeout 3600 $(ARGS)
