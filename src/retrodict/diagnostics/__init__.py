@@ -30,8 +30,10 @@ from retrodict.diagnostics.bounds import (
     two_sided,
 )
 from retrodict.diagnostics.calibration import (
+    Coverage,
     brier,
     calibration_error,
+    coverage,
     ecdf_band,
     risk_coverage,
     sbc_pit,
@@ -53,6 +55,7 @@ from retrodict.diagnostics.weights import ess, max_share, pareto_k, pareto_thres
 
 __all__ = [
     "Bound",
+    "Coverage",
     "Diagnosis",
     "Finding",
     "PairMean",
@@ -63,6 +66,7 @@ __all__ = [
     "certain_lower",
     "certain_upper",
     "chain_ess",
+    "coverage",
     "diagnose",
     "distinct_n",
     "ecdf_band",

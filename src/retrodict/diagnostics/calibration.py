@@ -10,6 +10,7 @@ data, such as log_gamma.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,38 @@ def ecdf_band(u: Float[Tensor, " b"], level: float = 0.95) -> EcdfBand:
     difference = torch.where(after.abs() >= before.abs(), after, before)
     half = math.sqrt(math.log(2 / (1 - level)) / (2 * b))
     return EcdfBand(x, difference, half, bool(difference.abs().max() <= half))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Share of ``n`` problems whose truth lies in the region of credibility ``level``."""
+
+    level: float
+    share: float
+    n: int
+
+    @property
+    def se(self) -> float:
+        """Of the share, where the posterior is right: binomial."""
+        return math.sqrt(self.level * (1 - self.level) / self.n)
+
+    @property
+    def z(self) -> float:
+        """Standard errors by which the share is off: below 0 the posterior is too sure."""
+        return (self.share - self.level) / self.se
+
+
+def coverage(ranks: Int[Tensor, " b"], k: int, levels: Sequence[float], gen: torch.Generator) -> list[Coverage]:
+    """Expected coverage of highest-density regions (Hermans et al. 2022, arXiv 2110.06581), from :func:`sbc_ranks` of
+    log q.
+
+    The truth lies in the region of credibility c where at most a share c of k draws are denser. Its place among the
+    draws is (rank + U) / (k + 1), uniform where the posterior is right, also for discrete objects: ties in density are
+    broken at random, as is the edge of a region that no set of objects meets exactly. Right coverage is necessary, not
+    sufficient: the prior has it too.
+    """
+    denser = 1 - (ranks.double().cpu() + _uniform(len(ranks), gen)) / (k + 1)
+    return [Coverage(c, float((denser <= c).double().mean()), len(ranks)) for c in levels]
 
 
 def calibration_error(p: Real[Tensor, " b"], correct: Shaped[Tensor, " b"], bins: int = 10) -> float:

@@ -200,28 +200,31 @@ def beliefs(m: Tables, tokens: Int[Tensor, "b t"]) -> tuple[Float[Tensor, "b t1 
     return torch.stack(out, 1), torch.stack(log_p, 1)
 
 
+def expected_counts(
+    m: Tables, tokens: Int[Tensor, "b t"], n: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, " h"], Float[Tensor, "h h"], Float[Tensor, "h u"], Float[Tensor, " b"]]:
+    """Posterior expectations over some texts: how often each state begins, follows another, and emits each token; and
+    log p of each text (forward-backward of Rabiner 1989, with scaled backward variables)."""
+    f, log_p = beliefs(m, tokens)
+    on = torch.arange(tokens.shape[1]) < n[:, None]
+    back, state, pairs = torch.ones_like(f[:, 0]), torch.zeros_like(f[:, 1:]), torch.zeros_like(m.a)
+    for t in range(tokens.shape[1] - 1, -1, -1):
+        state[:, t] = f[:, t + 1] * back
+        w = m.b.T[tokens[:, t]] * back * (-log_p[:, t, None]).exp() * on[:, t, None]
+        pairs += f[:, t].T @ w
+        back = torch.where(on[:, t, None], w @ m.a.T, back)
+    counts = torch.zeros_like(m.b.T).index_add_(0, tokens[on], state[on])
+    return (f[:, 0] * back).sum(0), pairs * m.a, counts.T, torch.where(on, log_p, 0.0).sum(1)
+
+
 def baum_welch(
     m: Tables, data: Written, unigram: Float[Tensor, " u"], pseudo: tuple[float, float] = (PSEUDO_A, PSEUDO_B)
 ) -> tuple[Tables, float]:
-    """One EM step, and the nats a token before it (Rabiner 1989, with scaled backward variables)."""
-    h, u = m.b.shape
-    first, pairs, counts, total = torch.zeros(h), torch.zeros(h, h), torch.zeros(u, h), 0.0
-    for part in torch.arange(len(data.n)).split(BATCH):
-        tokens, n = data.tokens[part], data.n[part]
-        f, log_p = beliefs(m, tokens)
-        on = torch.arange(tokens.shape[1]) < n[:, None]
-        back, state = torch.ones(len(part), h), torch.zeros_like(f[:, 1:])
-        for t in range(tokens.shape[1] - 1, -1, -1):
-            state[:, t] = f[:, t + 1] * back
-            w = m.b.T[tokens[:, t]] * back * (-log_p[:, t, None]).exp() * on[:, t, None]
-            pairs += f[:, t].T @ w
-            back = torch.where(on[:, t, None], w @ m.a.T, back)
-        first += (f[:, 0] * back).sum(0)
-        counts.index_add_(0, tokens[on], state[on])
-        total += float(log_p[on].sum())
-    pairs = pairs * m.a
-    a, b = _rows(pairs, pseudo[0], _mean(pairs)), _rows(counts.T, pseudo[1], unigram)
-    return Tables(first / first.sum(), a, b), -total / float(data.n.sum())
+    """One EM step, and the nats a token before it."""
+    parts = [expected_counts(m, data.tokens[i], data.n[i]) for i in torch.arange(len(data.n)).split(BATCH)]
+    first, pairs, counts = (torch.stack(x).sum(0) for x in list(zip(*parts, strict=True))[:3])
+    a, b = _rows(pairs, pseudo[0], _mean(pairs)), _rows(counts, pseudo[1], unigram)
+    return Tables(first / first.sum(), a, b), -float(sum(x[3].sum() for x in parts)) / float(data.n.sum())
 
 
 def soft_step(m: Tables, data: Written, unigram: Float[Tensor, " u"]) -> Tables:

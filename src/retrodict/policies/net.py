@@ -82,7 +82,8 @@ class NetPolicy(FiniteStepper):
 
     def on(self, problems: Problems) -> NetPolicy:
         """The same network on other problems. Raises InputError where these say more or less than the old ones."""
-        new = NetPolicy(self.space, problems, self.net)
+        space: Any = self.space
+        new = NetPolicy(space.on(problems) if hasattr(space, "on") else space, problems, self.net)
         old, told = (0 if x is None else x.shape[1] for x in (self.x, new.x))
         if old != told:
             raise InputError(f"this policy reads {old} features of a problem, and these have {told}")

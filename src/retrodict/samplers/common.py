@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -28,30 +28,33 @@ OnStep = Callable[[int, int], None]
 
 BATCH = 512
 """Rows drawn at once by samplers without interaction."""
+P = TypeVar("P", bound=Policy)
 
 
-def proposal(target: Target, policy: FiniteStepper | None, soft: bool = False) -> FiniteStepper:
+def proposal(target: Target, policy: P | None, soft: bool = False) -> P:
     """The policy to draw from: the caller's, or the prior, bent by the target's guide.
 
     Only hard factors of the guide bend it, unless ``soft``: then all that list their moves do. Where one of them is a
     test (a predicate on text) tokens are drawn by weighted rejection, otherwise they are masked.
     """
-    if policy is None:
+    found: Any = policy
+    if found is None:
         if target.prior is None:
             raise InputError("this target has no prior to draw from; give a policy")
         guide = target.guide if soft else hard_part(target.guide)
-        policy = target.prior
+        found = target.prior
         if guide is not None:
             tests = any(getattr(g, "by_test", False) for g, _ in parts(guide))
-            policy = AWRS(policy, guide) if tests else GuidedPolicy(policy, guide)
-    if policy.space is not target.space and policy.space != target.space:
+            found = AWRS(found, guide) if tests else GuidedPolicy(found, guide)
+    if found.space is not target.space and found.space != target.space:
         raise InputError("the policy draws from another space than the target's; build both from one space")
-    return policy
+    return found
 
 
-def base_of(policy: FiniteStepper) -> FiniteStepper:
+def base_of(policy: P) -> P:
     """What a guided policy bends; any other policy itself."""
-    return policy.base if isinstance(policy, GuidedPolicy) else policy
+    found: Any = policy
+    return found.base if isinstance(policy, GuidedPolicy) else found
 
 
 def model_of(policy: FiniteStepper) -> FiniteStepper:
@@ -94,7 +97,7 @@ def positive(**values: int) -> None:
 
 def draw(
     target: Target,
-    policy: FiniteStepper,
+    policy: Policy,
     problem: Tensor,
     gen: torch.Generator,
     behaviour: Mapping[str, Any] | None = None,
@@ -112,14 +115,17 @@ def draw(
 
 def fresh(
     target: Target,
-    policy: FiniteStepper,
+    policy: Policy,
     problem: Tensor,
     gen: torch.Generator,
     behaviour: Mapping[str, Any] | None = None,
     prefix: tuple[Rollouts, Tensor] | None = None,
 ) -> Rollouts:
     """One batch of draws, with every term that the drawing passes give for nothing: the prior off q's own pass, the
-    likelihood off the caches of the strings that end."""
+    likelihood off the caches of the strings that end. Policies that draw whole objects (vectors) do so."""
+    if not isinstance(policy, FiniteStepper):
+        assert prefix is None
+        return policy.sample(problem, gen, behaviour)
     name, base = prior_name(target, policy), model_of(policy)
     cheap = {f: t for f, t in target.factors.items() if hasattr(t, "at_end")}
 

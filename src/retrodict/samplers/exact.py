@@ -17,16 +17,26 @@ from retrodict.targets.algebra import Target
 
 
 def enumerated(target: Target, problem: int, max_objects: int = MAX_OBJECTS) -> tuple[Rollouts, torch.Tensor]:
-    """Every object of a problem once, with its log gamma ``[objects]`` (float64)."""
+    """Every object of a problem once, with its log gamma ``[objects]`` (float64).
+
+    A prior over paths gives an object the sum over those that lead to it; the record keeps the first.
+    """
     rows = enumerate_objects(target.space, problem, max_objects)
     keys = target.space.keys(rows)
     first = list({k: i for i, k in reversed(list(enumerate(keys)))}.values())[::-1]
-    rows = rows.take(torch.tensor(first))
-    parts = [
-        target.terms(rows.take(torch.arange(i, min(i + 8 * BATCH, len(rows))))) for i in range(0, len(rows), 8 * BATCH)
-    ]
-    rows = cat_rollouts(parts)
-    return rows, target.log_gamma(rows)
+    if target.prior is None or len(first) == len(rows):
+        rows = _valued(target, rows.take(torch.tensor(first)))
+        return rows, target.log_gamma(rows)
+    rows, number = _valued(target, rows), {keys[i]: n for n, i in enumerate(first)}
+    of, value = torch.tensor([number[k] for k in keys]), target.log_gamma(rows)
+    top = value.max().clamp_min(torch.finfo(value.dtype).min)
+    mass = torch.zeros(len(first), dtype=value.dtype).index_add(0, of, (value - top).exp())
+    return rows.take(torch.tensor(first)), mass.log() + top
+
+
+def _valued(target: Target, rows: Rollouts) -> Rollouts:
+    """Rows with their terms, some at a time."""
+    return cat_rollouts([target.terms(rows.take(at)) for at in torch.arange(len(rows)).split(8 * BATCH)])
 
 
 def exact(

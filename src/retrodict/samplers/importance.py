@@ -16,7 +16,7 @@ import torch
 from retrodict.errors import InputError, nearest
 from retrodict.numerics import NEG_INF, at_end, log_mean_exp, safe_sub
 from retrodict.particles import Particles
-from retrodict.policies.base import FiniteStepper
+from retrodict.protocols import Policy
 from retrodict.records import Trace
 from retrodict.rng import generator
 from retrodict.samplers.common import (
@@ -37,7 +37,7 @@ from retrodict.targets.algebra import Target
 
 def importance(
     target: Target,
-    policy: FiniteStepper | None = None,
+    policy: Policy | None = None,
     *,
     n: int,
     seed: int,
@@ -73,7 +73,7 @@ def importance(
 
 def ancestral(
     target: Target,
-    policy: FiniteStepper | None = None,
+    policy: Policy | None = None,
     *,
     n: int,
     seed: int,
@@ -98,7 +98,7 @@ def ancestral(
 
 def rejection(
     target: Target,
-    policy: FiniteStepper | None = None,
+    policy: Policy | None = None,
     *,
     n: int,
     seed: int,
@@ -144,7 +144,7 @@ def rejection(
 
 def best_of_n(
     target: Target,
-    policy: FiniteStepper | None = None,
+    policy: Policy | None = None,
     *,
     n: int,
     seed: int,

@@ -25,6 +25,7 @@ import torch
 
 from retrodict.errors import InputError
 from retrodict.particles import Particles
+from retrodict.policies.base import FiniteStepper
 from retrodict.policies.tempered import TemperedPolicy
 from retrodict.protocols import LanguageModel
 from retrodict.records import cat_rollouts
@@ -69,7 +70,7 @@ def power(
         raise InputError(f"alpha must be positive, not {alpha:g}; 4 sharpens, 1 is the model itself")
     target = continuation(lm, prompt, temperature=1 / alpha, stop=stop, max_tokens=max_tokens, min_tokens=min_tokens,
                           limit=limit)  # fmt: skip
-    assert target.prior is not None
+    assert isinstance(target.prior, FiniteStepper)
     policy = TemperedPolicy(target.prior, 1 / alpha)
     ramp = 0 if alpha == 1 else max_tokens // 2
     long = smc(target, policy, n=n, seed=child_seed(seed, 0), runs=1, ramp=ramp)

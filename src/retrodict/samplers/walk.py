@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrodict.errors import InputError
 from retrodict.guides.base import seen
 from retrodict.policies.base import Drawn, FiniteStepper, choose, drawn
 from retrodict.policies.guided import GuidedCarry, GuidedPolicy, bend
+from retrodict.policies.vectors import VectorPolicy
 from retrodict.protocols import Guide
 from retrodict.records import Menu
 from retrodict.samplers.common import base_of, prior_name
@@ -33,12 +35,15 @@ class Look:
 class Walk:
     """Objects grown move by move. The prior is stepped on its own only where the policy has another model."""
 
-    def __init__(self, target: Target, policy: FiniteStepper, gen: torch.Generator) -> None:
+    def __init__(self, target: Target, policy: FiniteStepper | VectorPolicy, gen: torch.Generator) -> None:
+        prior = target.prior
+        if isinstance(policy, VectorPolicy) or isinstance(prior, VectorPolicy):
+            raise InputError("this sampler lists moves, and those of real vectors cannot be: use rd.importance")
         self.target, self.policy, self.gen = target, policy, gen
         self.base, self.guide = base_of(policy), target.guide
         self.bends: Guide | None = policy.guide if isinstance(policy, GuidedPolicy) else None
         self.name = prior_name(target, policy)
-        self.prior = target.prior if self.name is None else None
+        self.prior = prior if self.name is None else None
 
     def start(self, problem: Int[Tensor, " a"]) -> None:
         """Empty objects."""

@@ -155,6 +155,20 @@ class Dags:
             most = min(most, self.max_edges)
         return most - len(set(self.required))
 
+    @property
+    def n_moves(self) -> int:
+        """Ordered pairs of nodes; those of a node with itself are never legal."""
+        return self.d * self.d
+
+    @property
+    def n_features(self) -> int:
+        """One a pair."""
+        return self.d * self.d
+
+    def features(self, s: DagState) -> Float[Tensor, "b f"]:
+        """1 for each edge."""
+        return s.graph.flatten(1).float()
+
     def name(self, node: int) -> str:
         """How people call a node."""
         return self.names[node] if self.names else str(node)

@@ -54,6 +54,20 @@ class Subsets:
         """Members of the largest set."""
         return self.atoms if self.max_size is None else min(self.atoms, self.max_size)
 
+    @property
+    def n_moves(self) -> int:
+        """The atoms."""
+        return self.atoms
+
+    @property
+    def n_features(self) -> int:
+        """One an atom."""
+        return self.atoms
+
+    def features(self, s: SetState) -> Float[Tensor, "b f"]:
+        """1 for each member."""
+        return s.members.float()
+
     def start(self, problem: Int[Tensor, " b"]) -> SetState:
         """b empty sets."""
         members = torch.zeros(len(problem), self.atoms, dtype=torch.bool, device=problem.device)

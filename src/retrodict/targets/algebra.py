@@ -20,6 +20,7 @@ from retrodict.errors import InputError
 from retrodict.guides.base import parts, product
 from retrodict.numerics import NEG_INF, at_end
 from retrodict.policies.base import FiniteStepper
+from retrodict.policies.vectors import VectorPolicy
 from retrodict.protocols import Guide, Problems, Space, Term
 from retrodict.records import Problem, Rollouts
 
@@ -67,7 +68,7 @@ class Target:
     problems: Problems
     factors: Mapping[str, Term]
     betas: Mapping[str, float] = field(default_factory=dict)
-    prior: FiniteStepper | None = None
+    prior: FiniteStepper | VectorPolicy | None = None
     guide: Guide | None = None
     note: str = ""
 
@@ -98,7 +99,11 @@ class Target:
         return self._with({term.name: term}, {term.name: beta}, guide, None)
 
     def _with(
-        self, factors: Mapping[str, Term], betas: Mapping[str, float], guide: Guide | None, prior: FiniteStepper | None
+        self,
+        factors: Mapping[str, Term],
+        betas: Mapping[str, float],
+        guide: Guide | None,
+        prior: FiniteStepper | VectorPolicy | None,
     ) -> Target:
         twice = set(factors) & set(self.factors)
         if twice:
@@ -128,13 +133,13 @@ class Target:
         return replace(self, guide=guide)
 
     def on(self, problems: Sequence[Problem]) -> Target:
-        """The same factors on other problems (terms made from a problem's ids are rebuilt)."""
+        """The same factors on other problems (terms, and spaces, made from a problem's ids are rebuilt)."""
 
         def move(x: Any) -> Any:
             return x.on(problems) if hasattr(x, "on") else x
 
-        return replace(self, problems=problems, factors={n: move(t) for n, t in self.factors.items()},
-                       prior=move(self.prior), guide=move(self.guide))  # fmt: skip
+        return replace(self, space=move(self.space), problems=problems, prior=move(self.prior), guide=move(self.guide),
+                       factors={n: move(t) for n, t in self.factors.items()})  # fmt: skip
 
     def terms(self, rollouts: Rollouts, every_prefix: bool = False) -> Rollouts:
         """The rollouts with the untempered value of every factor they do not carry yet (at its present version)."""

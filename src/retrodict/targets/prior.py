@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from retrodict.numerics import at_end, prefix_values
-from retrodict.policies.lm import LMPolicy
-from retrodict.policies.server import ServerPolicy
+from retrodict.protocols import Policy, Problems
 from retrodict.records import Problem, Rollouts
+
+
+@runtime_checkable
+class Process(Policy, Protocol):
+    """A policy that may be a prior: it has a fingerprint, and can be moved to other problems."""
+
+    @property
+    def version(self) -> str: ...
+    def on(self, problems: Problems) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -20,7 +29,7 @@ class Prior:
     A served model values whole objects only: give ``prefixes=False`` with it.
     """
 
-    policy: LMPolicy | ServerPolicy
+    policy: Process
     name: str = "prior"
     noise: str = "none"
     prefixes: bool = True

@@ -165,7 +165,8 @@ class ShiftedPrior(Prior):
 
     def __call__(self, rollouts: Rollouts, every_prefix: bool = False) -> Tensor:
         """Off by one in the moves; the stop is right."""
-        policy, t = self.policy, rollouts.moves.shape[1]
+        policy: Any = self.policy
+        t = rollouts.moves.shape[1]
         every = tuple(range(policy.lm.vocab_size))
         after = policy.lm.score(policy.prompts(rollouts.problem), rollouts.moves, rollouts.n, every)[1][:, 1:]
         inside = torch.arange(t) < rollouts.n[:, None]

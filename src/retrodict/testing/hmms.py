@@ -15,12 +15,12 @@ from retrodict.guides.dfa import DFAGuide
 from retrodict.guides.hmm import HMM
 from retrodict.guides.hmm_fit import fit_hmm
 from retrodict.guides.hmm_guide import HMMGuide
+from retrodict.latent.hmm import random_hmm
 from retrodict.models.tabular import TabularLM
 from retrodict.numerics import log_mean_exp
 from retrodict.particles import Particles
 from retrodict.policies.guided import GuidedPolicy
 from retrodict.records import Problem
-from retrodict.rng import generator
 from retrodict.samplers.importance import importance
 from retrodict.samplers.smc import smc
 from retrodict.spaces.stops import Stops
@@ -46,16 +46,6 @@ def markov(table: Float[Tensor, "v1 v"], first: int) -> HMM:
     transition = torch.cat([table, table.new_zeros(v + 1, 1)], 1)
     emission = torch.cat([torch.eye(v, dtype=table.dtype), table.new_full((1, v), 1 / v)])
     return HMM(torch.eye(v + 1, dtype=table.dtype)[first], transition, emission)
-
-
-def random_hmm(states: int, vocab_size: int, seed: int = 0, scale: float = 1.0) -> HMM:
-    """Tables of softmaxed normals, float64."""
-    gen = generator(seed)
-
-    def rows(*shape: int) -> Tensor:
-        return (scale * torch.randn(*shape, generator=gen, dtype=torch.float64)).softmax(-1)
-
-    return HMM(rows(states), rows(states, states), rows(states, vocab_size))
 
 
 @cache

@@ -162,7 +162,7 @@ def _lm(order: int = 3) -> TabularLM:
 def power_case(alpha: float, limit: str) -> Case:
     """p^alpha, proposed for at temperature 1/alpha."""
     target = continuation(_lm(), "a", temperature=1 / alpha, stop=".", max_tokens=4, limit=limit)
-    assert target.prior is not None
+    assert isinstance(target.prior, FiniteStepper)
     return Case(f"p^{alpha:g}, {limit}", target, TemperedPolicy(target.prior, 1 / alpha))
 
 

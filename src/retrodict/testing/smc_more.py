@@ -14,6 +14,7 @@ from retrodict.models.tabular import TabularLM
 from retrodict.particles import Particles
 from retrodict.policies import awrs
 from retrodict.policies.awrs import AWRS
+from retrodict.policies.base import FiniteStepper
 from retrodict.records import Problem, Rollouts
 from retrodict.samplers.importance import importance
 from retrodict.samplers.resampling import STEERING, without_replacement
@@ -95,7 +96,7 @@ def _tested(quick: bool) -> list[Case]:
 
 def _by(case: Case, **settings: Any) -> Case:
     target = case.target
-    assert target.prior is not None and target.guide is not None
+    assert isinstance(target.prior, FiniteStepper) and target.guide is not None
     return Case(case.name, target, AWRS(target.prior, target.guide, **settings))
 
 

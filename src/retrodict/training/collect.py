@@ -32,29 +32,32 @@ class Mixture:
         tempered: share drawn at a temperature uniform in ``temperatures``, one for each step.
         replay: share taken from the problem's buffer, once it has any.
         epsilon: of the tempered share, the chance of a uniform move.
+        from_prior: share drawn from the target's prior, so that nothing it can do is forgotten.
     """
 
     tempered: float = 0.0
     temperatures: tuple[float, float] = (0.5, 2.0)
     replay: float = 0.0
     epsilon: float = 0.0
+    from_prior: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("tempered", "replay"):
+        for name in ("tempered", "replay", "from_prior"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a share of the samples, between 0 and 1, not {getattr(self, name)}")
-        if self.tempered + self.replay > 1 + 1e-9:
-            raise InputError(f"tempered {self.tempered} and replay {self.replay} are more than all samples")
+        if self.tempered + self.replay + self.from_prior > 1 + 1e-9:
+            raise InputError(f"tempered {self.tempered}, replay {self.replay} and from_prior {self.from_prior} are "
+                             "more than all samples")  # fmt: skip
         low, high = self.temperatures
         if not 0 < low <= high:
             raise InputError(f"temperatures are a range above 0, low first, not {self.temperatures}")
         if not 0 <= self.epsilon < 1:
             raise InputError(f"epsilon is a chance below 1, not {self.epsilon}")
 
-    def counts(self, samples: int) -> tuple[int, int, int]:
-        """Samples of a problem from q itself, tempered, and replayed."""
-        tempered, replayed = round(self.tempered * samples), round(self.replay * samples)
-        return samples - tempered - replayed, tempered, replayed
+    def counts(self, samples: int) -> tuple[int, int, int, int]:
+        """Samples of a problem from q itself, tempered, replayed, and from the prior."""
+        tempered, replayed, prior = (round(x * samples) for x in (self.tempered, self.replay, self.from_prior))
+        return max(0, samples - tempered - replayed - prior), tempered, replayed, prior
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def with_terms(target: Target, rows: Rollouts, every_prefix: bool) -> tuple[Roll
     """
     if rows.versions and all(rows.versions.get(f) == term.version for f, term in target.factors.items()):
         return target.terms(rows, every_prefix), 0  # rows of a bank bring theirs (training.twist)
+    if rows.moves.is_floating_point():  # no two draws are alike
+        return target.terms(replace(rows, terms={}, versions={}), every_prefix), len(rows)
     seen: dict[str, int] = {}
     index, firsts = [], []
     each = zip(rows.problem.tolist(), rows.moves.tolist(), rows.n.tolist(), rows.stop.tolist(), strict=True)
@@ -115,7 +120,7 @@ def collect(
 ) -> Batch:
     """``samples`` rows of each problem, by the mixture. Sampling and term values carry no gradient."""
     device = gen.device
-    own, tempered, replayed = mixture.counts(samples)
+    own, tempered, replayed, prior = mixture.counts(samples)
     chosen = torch.tensor(list(problems), device=device)
     old: list[Rollouts] = []
     if replay is not None and replayed:
@@ -135,13 +140,21 @@ def collect(
     if tempered:
         how: dict[str, Any] = {"temperature": temperature} | ({"epsilon": mixture.epsilon} if mixture.epsilon else {})
         drawn.append(policy.sample(chosen.repeat_interleave(tempered), gen, how))
+    if prior and target.prior is not None:
+        drawn.append(target.prior.sample(chosen.repeat_interleave(prior), gen))
     began = now(device)
     new, scored = with_terms(target, cat_rollouts(drawn), every_prefix) if drawn else (None, 0)
-    rows = cat_rollouts(([new] if new is not None else []) + [target.terms(r, every_prefix) for r in old])
+    kept = [target.terms(r, every_prefix) for r in old]
+    rows = counted(target, cat_rollouts(kept if new is None else [new, *kept]))
     count = torch.arange(len(rows), device=device)
     stale = bool(drawn and drawn[0].behaviour.get("staleness"))
     return Batch(rows, count[: 0 if stale else int(own_of.sum())], count[: 0 if new is None else len(new)], scored,
                  temperature, now(device) - began)  # fmt: skip
+
+
+def counted(target: Target, rows: Rollouts) -> Rollouts:
+    """Rows as an objective may take them: where there is a prior over paths, it has counted them, not P_B."""
+    return rows if target.prior is None else replace(rows, log_pb=torch.zeros_like(rows.log_pb))
 
 
 def final_log_gamma(target: Target, rollouts: Rollouts) -> Float[Tensor, " b"]:

@@ -3,17 +3,16 @@
     E   q(Z | X)  ->  p(Z | X, Y)                                             any objective, or any sampler
     M   phi += lr * grad sum_k w_k log p_phi(Y | X, Z_k)                      Z_k drawn in the E-step, sum w = 1
 
-The prior p(Z | X) stays as it is; p(Y | X, Z) becomes a view of the same weights with an adapter of its own. At the
-exact posterior the gradient of M is that of log p(Y | X) (Fisher's identity) and EM never lowers it (Dempster et al.
-1977); with draws of q it raises the bound that q gives. Source: Hu et al. 2024, subjectivity.
+The prior p(Z | X) stays as it is; p(Y | X, Z) becomes a view of the same weights with an adapter of its own. The
+rounds, and what is known of their bias, are those of ``training.learn``. Source: Hu et al. 2024, subjectivity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,16 +21,15 @@ from retrodict.particles import Particles
 from retrodict.protocols import Trainable
 from retrodict.records import Rollouts
 from retrodict.rng import child_seed
-from retrodict.samplers.importance import ancestral, importance
 from retrodict.targets.algebra import Target
 from retrodict.targets.choice import Choice
 from retrodict.targets.likelihood import Likelihood
-from retrodict.training.amortize import OnMetrics, amortize
+from retrodict.targets.simulate import simulate
+from retrodict.training.amortize import grow
 from retrodict.training.fit import LogP, choice_log_p, maximise, text_log_p
+from retrodict.training.learn import EStep, OnMetrics, learn, weighted_rows
 
 Evidence = Likelihood | Choice
-EStep = Callable[[Target, int], Particles]
-"""(target, seed) -> a weighted sample of the posterior."""
 
 
 def likelihood_of(target: Target) -> Evidence:
@@ -85,17 +83,6 @@ def evidence_log_p(term: Evidence, rollouts: Rollouts, grad: bool = False) -> Fl
     return text_log_p(term.lm, heads, [term.problems[p].evidence for p in at], grad)
 
 
-def weighted_rows(particles: Particles) -> tuple[Rollouts, Float[Tensor, " r"]]:
-    """The objects of positive weight; weights sum to 1 over a problem's, and to 1 over all problems that have any."""
-    w = particles.weights
-    alive = (w > 0).any(1)
-    if not bool(alive.any()):
-        raise InputError("every particle has weight zero, so there is nothing to learn from; draw more")
-    flat = (w / alive.sum()).flatten()
-    keep = (flat > 0).nonzero().squeeze(1)
-    return particles.objects.take(keep), flat[keep]
-
-
 def m_step(
     term: Evidence,
     particles: Particles,
@@ -120,6 +107,42 @@ def _log_p(term: Evidence, rows: Rollouts) -> LogP:
     return of
 
 
+@dataclass
+class Rationales:
+    """prior * likelihood of a language model as a model that ``learn`` knows: only p(Y | X, Z) learns.
+
+    Attributes:
+        target: its likelihood is on a trainable view (:func:`grow_likelihood`).
+        steps, lr, batch, micro: of an M-step, see :func:`m_step`.
+        tokens, until: of the evidence that it writes in its sleep, see ``targets.simulate``.
+        on_metrics: called with the numbers of each gradient step of M.
+        done: M-steps so far.
+    """
+
+    target: Target
+    steps: int = 50
+    lr: float = 1e-3
+    batch: int | None = None
+    micro: int = 64
+    tokens: int = 16
+    until: str | None = None
+    on_metrics: OnMetrics | None = None
+    done: int = 0
+
+    def m_step(self, particles: Particles, seed: int) -> float:
+        """:func:`m_step`."""
+        at, told = {"round": self.done, "phase": "m"}, self.on_metrics
+        self.done += 1
+        return m_step(likelihood_of(self.target), particles, steps=self.steps, lr=self.lr, batch=self.batch,
+                      micro=self.micro, seed=seed,
+                      on_metrics=None if told is None else lambda found: told({**found, **at}))  # fmt: skip
+
+    def simulate(self, n: int, gen: torch.Generator) -> tuple[Target, Rollouts]:
+        """n problems whose evidence the model wrote, and the latents that it wrote them after."""
+        seed = int(torch.randint(2**31, (), generator=gen, device=gen.device))
+        return simulate(self.target, n, seed, tokens=self.tokens, until=self.until)
+
+
 def em(
     target: Target,
     policy: Trainable | None = None,
@@ -138,7 +161,7 @@ def em(
     on_metrics: OnMetrics | None = None,
     **given: Any,
 ) -> tuple[Any, Target]:
-    """Alternate E and M; one seed, one result.
+    """:func:`retrodict.training.learn.learn` for a textual latent; one seed, one result.
 
     Args:
         target: prior * likelihood; its likelihood's view is trained (a new adapter where it has none). With a
@@ -152,8 +175,8 @@ def em(
         e_step: a sampler to use in the policy's place, e.g. ``lambda t, seed: rd.smc(t, n=64, seed=seed)``; its
             weights are respected.
         m_rank: rank of the likelihood's adapter.
-        on_metrics: called with each step's numbers, with ``round`` and ``phase`` ("e" or "m").
-        **given: settings of :func:`amortize` for the E-steps.
+        on_metrics: called with each step's numbers, with ``round`` and ``phase`` ("e", "sleep" or "m").
+        **given: settings of :func:`amortize` for the E-steps; ``sleep``, ``dreams`` and ``threshold`` of ``learn``.
 
     Returns:
         The policy (None with ``e_step``) and the target with the likelihood that was learned.
@@ -167,24 +190,11 @@ def em(
     if e_steps == 0 and policy is None and e_step is None:
         raise InputError("e_steps=0 draws from a policy as it is: give policy=")
     target = grow_likelihood(target, rank=m_rank, seed=child_seed(seed, 0))
-    for i in range(rounds):
-        if e_step is not None:
-            particles = e_step(target, child_seed(seed, 1, i))
-        else:
-            if e_steps:
-                policy = amortize(target, policy, steps=e_steps, seed=child_seed(seed, 1, i),
-                                  on_metrics=_tagged(on_metrics, i, "e"), **given)  # fmt: skip
-            particles = _draws(target, policy, draws, weighted, child_seed(seed, 2, i))
-        m_step(likelihood_of(target), particles, steps=m_steps, lr=m_lr, batch=m_batch, micro=m_micro,
-               seed=child_seed(seed, 3, i), on_metrics=_tagged(on_metrics, i, "m"))  # fmt: skip
+    grown = {name: given.pop(name) for name in ("sees", "rank", "alpha", "targets") if name in given}
+    if policy is None and e_step is None:
+        policy = grow(target, seed=child_seed(seed, 1), **grown)
+    model = Rationales(target, m_steps, m_lr, m_batch, m_micro, on_metrics=on_metrics)
+    learn(model, policy, rounds=rounds, e_step=e_step, e_steps=e_steps, draws=draws, weighted=weighted, seed=seed,
+          on_metrics=None if on_metrics is None else lambda found: found["phase"] == "m" or on_metrics(found),
+          **given)  # fmt: skip
     return policy, target
-
-
-def _draws(target: Target, policy: Any, n: int, weighted: bool, seed: int) -> Particles:
-    if weighted:
-        return importance(target, policy, n=n, seed=seed, runs=1)
-    return ancestral(target, policy, n=n, seed=seed)
-
-
-def _tagged(on_metrics: OnMetrics | None, i: int, phase: str) -> OnMetrics | None:
-    return None if on_metrics is None else lambda found: on_metrics({**found, "round": i, "phase": phase})

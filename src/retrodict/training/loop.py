@@ -26,7 +26,7 @@ from retrodict.records import Rollouts, Scores
 from retrodict.rng import generator
 from retrodict.samplers.common import device_of, log_b_of, positive
 from retrodict.targets.algebra import Target
-from retrodict.training.collect import Batch, collect, final_log_gamma, turn
+from retrodict.training.collect import Batch, collect, counted, final_log_gamma, turn
 from retrodict.training.distance import DISTANCES
 from retrodict.training.distributed import ALONE, World
 from retrodict.training.memory import micro_batch
@@ -79,6 +79,8 @@ def begin(target: Target, policy: Trainable, settings: Settings, world: World = 
         raise InputError(f"{name} takes the logarithm of {noisy[0]!r}, whose noise is linear: use sir")
     if settings.samples < 2 and name not in ("tb", "mle", *NEED_PREFIXES):
         raise InputError(f"{name} compares samples of one problem: give samples of at least 2, or use tb")
+    if settings.mixture.from_prior and target.prior is None:
+        raise InputError("this target has no prior to draw from; leave out from_prior")
     if world.together and settings.micro is None:
         raise InputError("processes that share weights must run the same passes: give micro, the rows of each")
     parameters = policy.parameters()
@@ -271,7 +273,7 @@ def evaluate(target: Target, policy: Trainable, n: int, seed: int, batch: int = 
 
     problem = torch.arange(len(target.problems), device=gen.device).repeat_interleave(n)
     parts = [target.terms(policy.sample(part, gen)) for part in problem.split(batch)]
-    rows = cat_rollouts(parts)
+    rows = counted(target, cat_rollouts(parts))
     scores = policy.score(rows)
     log_gamma = target.log_gamma(rows)
     inside = Scores(scores.log_q, scores.log_stop)

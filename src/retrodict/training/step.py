@@ -93,8 +93,10 @@ def _push(policy, loss_of, rollouts, log_gamma, log_norm, micro, world) -> Pushe
     for i, r in enumerate(rows):
         part = live[i] if live else policy.score(trim(here.take(r)), grad=True)
         t = part.log_q.shape[1]
-        live_of = [getattr(part, name) for name in wanted]
-        torch.autograd.backward(live_of, [grads[0][r, :t], *(g[r, : t + 1] for g in grads[1:])])
+        slopes = [grads[0][r, :t], *(g[r, : t + 1] for g in grads[1:])]
+        pairs = zip((getattr(part, name) for name in wanted), slopes, strict=True)
+        moving = [(x, g) for x, g in pairs if x.requires_grad]  # the stop of a vector is forced: log q(stop) = 0
+        torch.autograd.backward([x for x, _ in moving], [g for _, g in moving])
         policy.settle()
     world.sum_gradients(policy.parameters().values())
     if log_norm is not None and norm is not None and norm.grad is not None:  # last: a pass that failed left no trace
