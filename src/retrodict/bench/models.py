@@ -15,7 +15,18 @@ from retrodict.errors import InputError, RetrodictError, nearest
 from retrodict.training.threads import one_thread
 
 SUITE = "models"
-PARTS: dict[str, str] = {}
+PARTS: dict[str, str] = {
+    "pcfg": "retrodict.bench.models_pcfg",
+    "mixture": "retrodict.bench.models_mixture",
+    "hmm": "retrodict.bench.models_hmm",
+    "vae": "retrodict.bench.models_vae",
+    "lda": "retrodict.bench.models_lda",
+    "posterior": "retrodict.bench.models_posterior",
+    "bnn": "retrodict.bench.models_bnn",
+    "programs": "retrodict.bench.models_programs",
+    "forms": "retrodict.bench.models_forms",
+    "diffusion": "retrodict.bench.models_diffusion",
+}
 """Name to module, in the order of a run."""
 
 
