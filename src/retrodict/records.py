@@ -148,6 +148,32 @@ def cat_rollouts(parts: Sequence[Rollouts]) -> Rollouts:
     return dataclasses.replace(parts[0], **rows, terms=terms)
 
 
+def whole_rollouts(
+    problem: Int[Tensor, " b"],
+    moves: Tensor,
+    n: Int[Tensor, " b"] | None = None,
+    *,
+    log_q: Float[Tensor, "b t"] | None = None,
+    log_b: Float[Tensor, "b t"] | None = None,
+    log_pb: Float[Tensor, "b t"] | None = None,
+) -> Rollouts:
+    """Objects given by their moves, of a space that stops them only after their last (so log q(stop) = 0).
+
+    What is not said is 0: log q of objects that no policy drew, log_b = log_q, log_pb of one path an object. ``n`` is
+    the width of ``moves`` by default; moves past it are padding.
+    """
+    b, t = moves.shape[:2]
+    n = torch.full((b,), t, device=moves.device) if n is None else n
+    zeros = torch.zeros(b, t, dtype=torch.float64, device=moves.device) if log_q is None else torch.zeros_like(log_q)
+    inside, ends = (torch.arange(t, device=n.device) < n[:, None]), torch.arange(t + 1, device=n.device) == n[:, None]
+    log_q = zeros if log_q is None else log_q
+    log_b = torch.cat([log_q if log_b is None else log_b, zeros.new_zeros(b, 1)], 1)
+    moves = moves if moves.dim() > 2 else torch.where(inside, moves, 0)
+    return Rollouts(problem, moves, inside.to(torch.int8) * FREE, n, torch.zeros_like(n), ends, log_q,
+                    torch.where(ends, 0.0, float("-inf")).to(log_q.dtype)[:, :, None], log_b,
+                    zeros if log_pb is None else log_pb)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Scores:
     """Teacher-forced log-probabilities of recorded trajectories, with gradient.

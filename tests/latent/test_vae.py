@@ -11,9 +11,10 @@ import torch
 import retrodict as rd
 from retrodict.diagnostics.bounds import elbo, iwae_lower
 from retrodict.errors import InputError
+from retrodict.latent.data import data_problems
 from retrodict.latent.discrete_vae import DiscreteVAE, encoder
 from retrodict.latent.enumerated import distances, log_gamma_table, log_law
-from retrodict.latent.images import bars, blobs, image_problems
+from retrodict.latent.images import bars, blobs
 from retrodict.latent.vae import REACH, VAE, bound, fit_elbo, grid
 from retrodict.policies.net import NetPolicy
 from retrodict.rng import generator
@@ -128,7 +129,7 @@ def test_dreams_are_images_of_the_model():
     model = discrete()
     target, rows = model.simulate(4000, generator(0))
     z = model.embed(model.codes)
-    mean = model.log_prior(z).exp() @ model.decoder.log_odds(z).sigmoid()
+    mean = (model.log_prior(z).exp() @ model.decoder.log_odds(z).sigmoid()).detach()
     seen = torch.tensor([p.row["features"] for p in target.problems]).mean(0)
     assert float(((seen - mean) / (mean * (1 - mean) / 4000).sqrt()).abs().max()) < 4.5
     assert rows.problem.tolist() == list(range(4000))
@@ -194,8 +195,8 @@ def test_exact_em_on_the_grid_raises_log_p_of_x():
 
 def test_bad_images_are_refused_in_one_line():
     model = DiscreteVAE(bars(4, 3), (2, 2))
-    with pytest.raises(InputError, match="problem 0 has an image of 16 pixels, and the model's have 9"):
-        model.of(image_problems(bars(2, 4)))
+    with pytest.raises(InputError, match="problem 0 has 16 pixels in row.*, and the model's have 9"):
+        model.of(data_problems(bars(2, 4)))
     with pytest.raises(InputError, match="these images have 16 pixels, and the model's 9"):
         model.log_evidence(bars(2, 4))
     with pytest.raises(InputError, match="1 of 4 images hold pixels other than 0 and 1, first image 2"):

@@ -15,8 +15,9 @@ import torch
 
 from retrodict.bench.rows import Row, at_most, show_only
 from retrodict.latent.clusters import cluster_target, simulate_clusters
+from retrodict.latent.data import data_problems
 from retrodict.latent.enumerated import distances, factorised
-from retrodict.latent.mixture import Mixture, petals, point_problems, start
+from retrodict.latent.mixture import Mixture, petals, start
 from retrodict.policies.net import NetPolicy
 from retrodict.rng import generator
 from retrodict.training.amortize import amortize
@@ -83,7 +84,7 @@ def from_start(x: torch.Tensor, test: torch.Tensor, where: int, seed: int) -> li
         elif m is joint:
             done = sum(r.value is not None for r in told.rounds)
             out.append(at_most(*held, "behind exact EM (nats a point)", best - value, GAP, f"{note}; {done} M-steps"))
-    fresh = point_problems(test)
+    fresh = data_problems(test)
     far = distances(joint.of(fresh), q.on(fresh))
     held = (SUITE, NAME, "amortized EM (VarGrad and sleep)")
     out.append(at_most(*held, "mean total variation to exact posteriors", float(far.mean()), DISTANCES[NAME],

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from retrodict.bench.rows import Row, at_least, at_most, show_only
 from retrodict.diagnostics.bounds import elbo, iwae_lower
+from retrodict.latent.data import data_problems
 from retrodict.latent.discrete_vae import DiscreteVAE, encoder
 from retrodict.latent.enumerated import distances, factorised
-from retrodict.latent.images import bars, blobs, image_problems
+from retrodict.latent.images import bars, blobs
 from retrodict.latent.vae import VAE, Encoder, fit_elbo
 from retrodict.policies.net import NetPolicy
 from retrodict.records import Rollouts, Scores
@@ -67,7 +68,7 @@ def codes(seed: int) -> Iterator[list[Row]]:
         if warm:  # q meets the posterior before theta moves
             amortize(model.target, q, objective="vargrad", steps=200, samples=8, per_step=64, lr=1e-2, evaluate=1)
         learn(model, q, weighted=weighted, seed=seed, lr=1e-2, **how)
-        value, fresh = float(model.log_evidence(test).mean()), model.of(image_problems(test[:SHOWN]))
+        value, fresh = float(model.log_evidence(test).mean()), model.of(data_problems(test[:SHOWN]))
         away = float(distances(fresh, q.on(fresh.problems)).mean())
         note = f"{time.process_time() - began:.0f} processor seconds" + (
             "; draws weighted by gamma / q" if weighted else ""
@@ -103,7 +104,7 @@ class PerStep(NetPolicy):
 
 def planted(model: DiscreteVAE, images: Float[Tensor, "m d"], seed: int) -> list[Row]:
     """TB on a few images with the right log q and with the wrong one."""
-    target, found = model.of(image_problems(images)), []
+    target, found = model.of(data_problems(images)), []
     for kind in (NetPolicy, PerStep):
         policy = kind(model.space, target.problems, hidden=64, layers=1, seed=seed)
         amortize(target, policy, objective="tb", steps=300, samples=16, lr=2e-2, lr_log_z=0.3, clip=10.0, tempered=0.5,
@@ -158,7 +159,7 @@ def first_encoder(model: VAE, seed: int) -> Encoder:
 
 def bounds(model: VAE, q: Encoder, images: Float[Tensor, "m d"], method: str) -> list[Row]:
     """What q's own draws say of log p(x), below the exact value: by one draw and by 64."""
-    target = model.of(image_problems(images[:SHOWN]))
+    target = model.of(data_problems(images[:SHOWN]))
     log_w = importance(target, q.on(target.problems), n=640, runs=1, seed=0).log_w
     truth = float(model.quadrature(images[:SHOWN]).mean())
     many = log_w.view(SHOWN, -1, 64)

@@ -13,7 +13,6 @@ K^N up to about a million (Murphy 2012, section 4.6.1 for the Gaussian with a Ga
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from retrodict.errors import InputError
-from retrodict.latent.mixture import rows_for
+from retrodict.latent.data import data_of, data_problems
 from retrodict.protocols import Problems
-from retrodict.records import Problem, Rollouts
+from retrodict.records import Rollouts, whole_rollouts
 from retrodict.spaces.vectors import Assignments
 from retrodict.targets.algebra import Target
 
@@ -48,7 +47,8 @@ class ClusterTerm:
 
     def on(self, problems: Problems) -> ClusterTerm:
         """The same model of other data sets of this size."""
-        return replace(self, x=sets_of(problems, self.x.shape[1], self.x.shape[2]))
+        n, d = self.x.shape[1:]
+        return replace(self, x=data_of(problems, n * d, "numbers").view(-1, n, d))
 
     def __call__(self, rollouts: Rollouts, every_prefix: bool = False) -> Float[Tensor, " b"]:
         """``[b]``; a prefix of an assignment is no object."""
@@ -59,15 +59,6 @@ class ClusterTerm:
         shrunk = (r / (1 + size * r))[:, :, None] * total.square()
         fit = -(square - shrunk).sum((1, 2)) / (2 * self.sd**2) - d / 2 * (size * r).log1p().sum(1)
         return fit - n * d / 2 * math.log(2 * math.pi * self.sd**2) - n * math.log(self.k)
-
-
-def sets_of(problems: Problems, n: int, d: int) -> Float[Tensor, "m n d"]:
-    """The data sets of problems. Raises InputError for one of another size."""
-    rows = [p.row.get("features", ()) for p in problems]
-    for i, row in enumerate(rows):
-        if len(row) != n * d:
-            raise InputError(f"data set {i} has {len(row)} numbers, not {n} points x {d} coordinates")
-    return torch.tensor(rows, dtype=torch.float64).view(len(rows), n, d)
 
 
 def cluster_target(x: Float[Tensor, "m n d"], k: int, sd: float, tau: float) -> Target:
@@ -81,9 +72,7 @@ def cluster_target(x: Float[Tensor, "m n d"], k: int, sd: float, tau: float) -> 
     """
     if k < 1 or not sd > 0 or not tau > 0 or not bool(x.isfinite().all()):
         raise InputError(f"clusters need k >= 1, sd and tau above 0 and finite points: {k}, {sd:g}, {tau:g}")
-    problems: Sequence[Problem] = [
-        Problem((), row={"features": tuple(s)}, name=str(i)) for i, s in enumerate(x.flatten(1).tolist())
-    ]
+    problems = data_problems(x.flatten(1))
     return Target(Assignments((k,) * x.shape[1]), problems, {"joint": ClusterTerm(x.double(), k, sd, tau)})
 
 
@@ -96,4 +85,4 @@ def simulate_clusters(target: Target, m: int, gen: torch.Generator) -> tuple[Tar
     mu = term.tau * torch.randn(m, term.k, d, generator=gen, dtype=torch.float64)
     noise = term.sd * torch.randn(m, n, d, generator=gen, dtype=torch.float64)
     x = mu.gather(1, z[:, :, None].expand(-1, -1, d)) + noise
-    return cluster_target(x, term.k, term.sd, term.tau), rows_for(z)
+    return cluster_target(x, term.k, term.sd, term.tau), whole_rollouts(torch.arange(m), z)

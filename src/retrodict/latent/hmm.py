@@ -25,13 +25,12 @@ from retrodict.errors import InputError
 from retrodict.guides.base import BaseGuide
 from retrodict.guides.hmm import HMM
 from retrodict.guides.hmm_fit import Tables, beliefs, expected_counts
-from retrodict.latent.mixture import rows_for
 from retrodict.numerics import sample_categorical
 from retrodict.particles import Particles
 from retrodict.policies.layers import MLP
 from retrodict.policies.net import NetPolicy
 from retrodict.protocols import Problems
-from retrodict.records import Problem, Rollouts, Trace
+from retrodict.records import Problem, Rollouts, Trace, whole_rollouts
 from retrodict.rng import generator
 from retrodict.samplers.common import finish
 from retrodict.spaces.vectors import Assignments
@@ -216,7 +215,7 @@ class HiddenMarkov:
     def simulate(self, n: int, gen: torch.Generator) -> tuple[Target, Rollouts]:
         """n sequences of the model itself, and the path of each."""
         z, x = sample_paths(self.hmm, n, self.x.shape[1], gen)
-        return self.of(sequence_problems(x, self.hmm.vocab_size)), rows_for(z)
+        return self.of(sequence_problems(x, self.hmm.vocab_size)), whole_rollouts(torch.arange(n), z)
 
 
 def _tables(hmm: HMM) -> Tables:
@@ -253,7 +252,7 @@ def ffbs(n: int) -> Callable[[Target, int], Particles]:
         began, term = time.perf_counter(), target.factors["joint"]
         assert isinstance(term, PathTerm)
         z = posterior_paths(term.hmm, term.x, n, generator(seed))
-        rows = replace(rows_for(z), problem=torch.arange(len(term.x)).repeat_interleave(n))
+        rows = whole_rollouts(torch.arange(len(term.x)).repeat_interleave(n), z)
         log_z = log_evidence(term.hmm, term.x)
         trace = Trace("forward filtering, backward sampling", {"n": n, "seed": seed})
         return finish(target, target.terms(rows), log_z[:, None].expand(-1, n), log_z[:, None], trace, began)

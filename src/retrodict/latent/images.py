@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrodict.errors import InputError
+from retrodict.latent.data import data_of, data_problems
 from retrodict.particles import Particles
 from retrodict.policies.base import FiniteStepper
 from retrodict.policies.layers import MLP
 from retrodict.policies.vectors import VectorPolicy
 from retrodict.protocols import Problems, Space
-from retrodict.records import Problem, Rollouts
+from retrodict.records import Rollouts
 from retrodict.rng import generator
 from retrodict.targets.algebra import Target
 from retrodict.targets.prior import Prior
@@ -76,20 +77,6 @@ def checked(images: Tensor, pixels: int | None = None) -> Images:
     return x
 
 
-def image_problems(images: Images) -> list[Problem]:
-    """One problem for each image, which policies read as ``row["features"]``."""
-    return [Problem((), row={"features": tuple(x)}, name=str(i)) for i, x in enumerate(images.tolist())]
-
-
-def images_of(problems: Problems, pixels: int) -> Images:
-    """The images of problems. Raises InputError for one of another size."""
-    rows = [p.row.get("features", ()) for p in problems]
-    for i, row in enumerate(rows):
-        if len(row) != pixels:
-            raise InputError(f"problem {i} has an image of {len(row)} pixels, and the model's have {pixels}")
-    return torch.tensor(rows, dtype=torch.float32).view(len(rows), pixels)
-
-
 class Decoder:
     """f_theta: from a code of z to the log-odds of each pixel. ``version`` moves with every M-step."""
 
@@ -130,7 +117,7 @@ class ImageTerm:
     images: Images = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "images", images_of(self.problems, self.decoder.pixels))
+        object.__setattr__(self, "images", data_of(self.problems, self.decoder.pixels, "pixels", torch.float32))
 
     @property
     def version(self) -> str:
@@ -171,7 +158,7 @@ class ImageModel:
         self.space: Any = space
         self.prior: Any = prior
         self.decoder = Decoder(inputs, self.images.shape[1], hidden, layers, seed)
-        self.problems = image_problems(self.images)
+        self.problems = data_problems(self.images)
         self.adam = torch.optim.Adam(list(self.parameters().values()), lr=lr)
         self._target: Target | None = None
 
@@ -269,4 +256,4 @@ class ImageModel:
         """n latents of the prior, and the target of the images that they made."""
         rows = self.prior.sample(torch.arange(n), gen)
         lit = self.decoder.log_odds(self.embed(rows)).sigmoid()
-        return self.of(image_problems((torch.rand(lit.shape, generator=gen) < lit).float())), rows
+        return self.of(data_problems((torch.rand(lit.shape, generator=gen) < lit).float())), rows

@@ -23,10 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retrodict.errors import InputError
+from retrodict.latent.data import data_of, data_problems
 from retrodict.numerics import sample_categorical
 from retrodict.particles import Particles
 from retrodict.protocols import Problems
-from retrodict.records import Problem, Rollouts
+from retrodict.records import Rollouts, whole_rollouts
 from retrodict.rng import generator
 from retrodict.spaces.vectors import Assignments
 from retrodict.targets.algebra import Target
@@ -103,7 +104,7 @@ class JointTerm:
 
     def on(self, problems: Problems) -> JointTerm:
         """The same mixture on other points."""
-        return replace(self, x=points_of(problems, self.x.shape[1]))
+        return replace(self, x=data_of(problems, self.x.shape[1], "coordinates"))
 
     def __call__(self, rollouts: Rollouts, every_prefix: bool = False) -> Float[Tensor, " b"]:
         """``[b]``; a prefix of an assignment is no object."""
@@ -114,33 +115,6 @@ def codes(rollouts: Rollouts, sizes: Sequence[int]) -> Int[Tensor, " b"]:
     """The number of each row's z among all: the last variable moves fastest."""
     places = torch.tensor([math.prod(sizes[f + 1 :]) for f in range(len(sizes))])
     return (rollouts.moves * places).sum(1)
-
-
-def point_problems(x: Float[Tensor, "m d"]) -> list[Problem]:
-    """One problem for each point, which policies read as ``row["features"]``."""
-    return [Problem((), row={"features": tuple(p)}, name=str(i)) for i, p in enumerate(x.tolist())]
-
-
-def points_of(problems: Problems, d: int) -> Float[Tensor, "m d"]:
-    """The points of problems. Raises InputError where one has another number of coordinates."""
-    rows = [p.row.get("features", ()) for p in problems]
-    for i, row in enumerate(rows):
-        if len(row) != d:
-            raise InputError(f"problem {i} has {len(row)} coordinates in row['features'], and the mixture's have {d}")
-    return torch.tensor(rows, dtype=torch.float64).view(len(rows), d)
-
-
-def rows_for(z: Int[Tensor, "b n"]) -> Rollouts:
-    """Rollouts of given assignments, row i of problem i."""
-    b, n = z.shape
-    ends = (torch.arange(n + 1) == n).expand(b, -1).clone()
-    zeros = torch.zeros(b, n, dtype=torch.float64)
-    return Rollouts(
-        problem=torch.arange(b), moves=z, kind=torch.ones(b, n, dtype=torch.int8), n=torch.full((b,), n),
-        stop=torch.zeros(b, dtype=torch.long), can_stop=ends, log_q=zeros, log_pb=zeros,
-        log_stop=torch.where(ends, 0.0, -math.inf).double()[:, :, None],
-        log_b=torch.zeros(b, n + 1, dtype=torch.float64),
-    )  # fmt: skip
 
 
 class Mixture:
@@ -160,7 +134,7 @@ class Mixture:
         if bad:
             raise InputError(f"{len(bad)} of {len(x)} points are not finite, first point {bad[0]}; leave them out")
         self.x, self.theta, self.learn_sd, self.learn_weights = x.double(), theta, learn_sd, learn_weights
-        self.problems, self.space, self.updates = point_problems(self.x), Assignments(theta.sizes), 0
+        self.problems, self.space, self.updates = data_problems(self.x), Assignments(theta.sizes), 0
         self._target: Target | None = None
 
     @property
@@ -172,7 +146,7 @@ class Mixture:
 
     def of(self, problems: Problems) -> Target:
         """The target of other points, under the present theta."""
-        x = points_of(problems, self.x.shape[1])
+        x = data_of(problems, self.x.shape[1], "coordinates")
         return Target(self.space, problems, {"joint": JointTerm(self.theta, x, f"mixture@{self.updates}")})
 
     def log_evidence(self) -> Float[Tensor, " m"]:
@@ -216,7 +190,7 @@ class Mixture:
     def simulate(self, n: int, gen: torch.Generator) -> tuple[Target, Rollouts]:
         """n points of the mixture itself, and the z of each."""
         z, x = self.theta.sample(n, gen)
-        return self.of(point_problems(x)), rows_for(z)
+        return self.of(data_problems(x)), whole_rollouts(torch.arange(n), z)
 
 
 def start(x: Float[Tensor, "m d"], sizes: Sequence[int], seed: int = 0, sd: float | None = None) -> Parameters:

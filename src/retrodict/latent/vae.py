@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrodict.errors import InputError
-from retrodict.latent.images import ImageModel, images_of
+from retrodict.latent.data import data_of
+from retrodict.latent.images import ImageModel
 from retrodict.policies.layers import MLP
 from retrodict.policies.vectors import VectorPolicy
 from retrodict.protocols import Problems
@@ -84,7 +85,7 @@ class Encoder(Gaussian):
         hidden: int = 64, layers: int = 2, seed: int = 0,
     ) -> None:  # fmt: skip
         self.space, self.problems, self.pixels = space, problems, pixels
-        self.x = images_of(problems, pixels)
+        self.x = data_of(problems, pixels, "pixels", torch.float32)
         self.net = net or MLP(pixels, 2 * space.dim, hidden, layers, seed)
         self.about: dict[str, object] = {}
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from retrodict.errors import InputError
 from retrodict.protocols import Problems
-from retrodict.records import CHOOSE, FREE, MUST_STOP, Menu, Rollouts
+from retrodict.records import CHOOSE, MUST_STOP, Menu, Rollouts, whole_rollouts
 
 MOST_LISTED = 2_000_000
 """Sequences up to which all are listed."""
@@ -215,11 +215,5 @@ class Masked:
     def left_to_right(self, tokens: Int[Tensor, "b l"], problem: int = 0) -> Rollouts:
         """Finished sequences as rows whose path goes from the left to the right, with log q = 0."""
         b, t = tokens.shape
-        zero, ends = torch.zeros(b, t), (torch.arange(t + 1) == t).repeat(b, 1)
-        return Rollouts(
-            problem=torch.full((b,), problem), moves=torch.arange(t) * self.vocab + tokens,
-            kind=torch.full((b, t), FREE, dtype=torch.int8), n=torch.full((b,), t), can_stop=ends,
-            stop=torch.zeros(b, dtype=torch.long), log_q=zero,
-            log_stop=torch.where(ends, 0.0, float("-inf"))[:, :, None],
-            log_b=torch.zeros(b, t + 1), log_pb=-torch.arange(1, t + 1).log().repeat(b, 1),
-        )  # fmt: skip
+        moves, log_pb = torch.arange(t) * self.vocab + tokens, -torch.arange(1, t + 1).log().repeat(b, 1)
+        return whole_rollouts(torch.full((b,), problem), moves, log_q=torch.zeros(b, t), log_pb=log_pb)

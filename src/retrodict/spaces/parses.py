@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrodict.errors import InputError
-from retrodict.numerics import NEG_INF
-from retrodict.records import CHOOSE, MUST_STOP, Menu, Problem, Rollouts
+from retrodict.records import CHOOSE, MUST_STOP, Menu, Problem, Rollouts, whole_rollouts
 from retrodict.spaces.charts import NEVER, Futures, closure, inside, wanted_first
 
 BINARY, LEXICAL = 0, 1
@@ -271,16 +270,7 @@ class Parses:
 
     def record(self, problem: Int[Tensor, " b"], moves: Int[Tensor, "b t"]) -> Rollouts:
         """Rollouts of whole trees given by their moves (what is past 2n - 1 does not count), with log q and b 0."""
-        b, t = moves.shape
-        n = 2 * self.lengths[problem] - 1
-        end, inside_ = torch.arange(t + 1) == n[:, None], torch.arange(t) < n[:, None]
-        zeros = torch.zeros(b, t, dtype=torch.float64)
-        return Rollouts(
-            problem=problem, moves=torch.where(inside_, moves, 0), kind=inside_.to(torch.int8), n=n,
-            stop=torch.zeros_like(n), can_stop=end, log_q=zeros,
-            log_stop=torch.where(end, 0.0, NEG_INF).double()[:, :, None],
-            log_b=torch.zeros(b, t + 1, dtype=torch.float64), log_pb=zeros,
-        )  # fmt: skip
+        return whole_rollouts(problem, moves, 2 * self.lengths[problem] - 1)
 
     def keys(self, rollouts: Rollouts) -> list[tuple[int, ...]]:
         """The moves, which only this tree has, then the stop."""

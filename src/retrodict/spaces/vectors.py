@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retrodict.errors import InputError
-from retrodict.records import CHOOSE, FREE, MUST_STOP, Menu, Rollouts
+from retrodict.records import CHOOSE, MUST_STOP, Menu, Rollouts, whole_rollouts
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,7 @@ class Vectors:
         log_b: Float[Tensor, "b t"] | None = None,
     ) -> Rollouts:
         """Rollouts of whole paths with the log density of each move (nats)."""
-        b, t = log_q.shape
-        zero = log_q.new_zeros(b, 1)
-        ends = torch.arange(t + 1) == t
-        return Rollouts(
-            problem=problem, moves=moves, kind=torch.full((b, t), FREE, dtype=torch.int8), n=torch.full((b,), t),
-            stop=torch.zeros(b, dtype=torch.long), can_stop=ends.repeat(b, 1), log_q=log_q,
-            log_stop=torch.where(ends, 0.0, float("-inf")).to(log_q.dtype).repeat(b, 1)[:, :, None],
-            log_b=torch.cat([log_q if log_b is None else log_b, zero], 1), log_pb=torch.zeros_like(log_q),
-        )  # fmt: skip
+        return whole_rollouts(problem, moves, log_q=log_q, log_b=log_b)
 
     def keys(self, rollouts: Rollouts) -> list[tuple[int, ...]]:
         """The last vector, to its last bit."""
