@@ -41,7 +41,7 @@ def run(parts: str = ",".join(PARTS), seed: int = 0, partial: str = "") -> list[
     names = parts.split(",")
     for name in names:
         if name not in PARTS:
-            raise InputError(f"unknown part {name!r}{nearest(name, PARTS)}; the parts are {', '.join(PARTS)}")
+            raise InputError(f"unknown part {name!r}{nearest(name, PARTS)}")
     rows: list[Row] = []
     failed: list[str] = []
     with one_thread():
