@@ -7,7 +7,7 @@ THREADS ?= 1
 SUITES ?= exact speed
 RESULTS ?= benchmarks/results
 ARGS ?=
-WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); [ $$n -le 4 ] || n=4; echo $$n)
 
 VENV := .venv
 BIN := $(VENV)/bin
