@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrodict.errors import InputError
-from retrodict.policies.base import behaviour_of
 from retrodict.policies.layers import MLP
 from retrodict.policies.vectors import VectorPolicy
 from retrodict.protocols import Problems
@@ -100,23 +99,13 @@ class GaussianSteps(VectorPolicy):
         """Mean and variance of the vector that comes after ``at`` as move number i."""
         raise NotImplementedError  # abstract
 
-    @torch.no_grad()
-    def sample(
-        self, problem: Int[Tensor, " b"], gen: torch.Generator, behaviour: Mapping[str, Any] | None = None
-    ) -> Rollouts:
-        """One path a row; a temperature multiplies the variances. One look at the law a step, for draw and density."""
-        temperature, epsilon = behaviour_of(behaviour)
-        if epsilon:
-            raise InputError("real vectors have no uniform move to explore with; leave out epsilon, raise temperatures")
-        at, moves, log_q, log_b = self.space.start(problem).at, [], [], []
-        for i in range(self.space.steps):
-            mean, variance = self.law(problem, at, torch.full_like(problem, i))
-            at = mean + (variance * temperature).sqrt()[:, None] * torch.randn(at.shape, generator=gen)
-            moves.append(at)
-            log_q.append(log_normal(at, mean, variance))
-            log_b.append(log_normal(at, mean, variance * temperature))
-        drawn = self.space.record(problem, torch.stack(moves, 1), torch.stack(log_q, 1), torch.stack(log_b, 1))
-        return replace(drawn, behaviour=dict(behaviour or {}))
+    def draw(
+        self, problem: Int[Tensor, " b"], at: Float[Tensor, "b d"], i: int, gen: torch.Generator, temperature: float
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """A temperature multiplies the variance. One look at the law, for the draw and both densities."""
+        mean, variance = self.law(problem, at, torch.full_like(problem, i))
+        to = mean + (variance * temperature).sqrt()[:, None] * torch.randn(at.shape, generator=gen)
+        return to, log_normal(to, mean, variance), log_normal(to, mean, variance * temperature)
 
     def log_move(
         self,

@@ -11,8 +11,7 @@ Scoring runs the network once on the distinct states of a batch, not step by ste
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,8 +20,8 @@ from torch.nn import functional as F
 
 from retrodict.errors import InputError
 from retrodict.numerics import NEG_INF
-from retrodict.policies.base import FiniteStepper
 from retrodict.policies.layers import MLP, layer_norm, linear
+from retrodict.policies.stateless import StatelessPolicy
 from retrodict.protocols import Problems
 from retrodict.records import PAD, Menu, Rollouts, Scores
 from retrodict.rng import generator
@@ -107,52 +106,17 @@ class GraphAttention:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-class GraphPolicy(FiniteStepper):
+class GraphPolicy(StatelessPolicy):
     """A network over the menus of a space of DAGs. Trainable by every objective of ``objectives.table``."""
 
     def __init__(self, space: Dags, problems: Problems, net: Net) -> None:
         self.space, self.problems, self.net = space, problems, net
         self.features = features_of(space, problems)
-        self.about: dict[str, Any] = {}
-        self.updates = 0
-
-    @property
-    def version(self) -> str:
-        """Moves with every update."""
-        return f"{type(self.net).__name__}@{self.updates}"
-
-    def parameters(self) -> Mapping[str, Tensor]:
-        """The network's."""
-        return self.net.parameters
-
-    def settle(self) -> None:
-        """Gradients are where they belong."""
-
-    def refresh(self) -> None:
-        """Nothing is copied; the version moves."""
-        self.updates += 1
+        super().__init__()
 
     def on(self, problems: Problems) -> GraphPolicy:
         """The same network on other problems."""
         return GraphPolicy(self.space, problems, self.net)
-
-    # -- step by step: it carries no more than the problem ------------------------------------------------------------
-
-    def start(self, problem: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The problems."""
-        return problem
-
-    def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The problems."""
-        return rollouts.problem
-
-    def step(self, c: Int[Tensor, " b"], s: DagState, move: Tensor) -> Int[Tensor, " b"]:
-        """The problems."""
-        return c
-
-    def take(self, c: Int[Tensor, " b"], index: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
-        """Rows ``index``."""
-        return c[index]
 
     def log_probs(
         self, c: Int[Tensor, " b"], s: DagState, menu: Menu, raw: bool = False

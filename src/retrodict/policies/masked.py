@@ -17,8 +17,7 @@ which reads them only once they are revealed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retrodict.numerics import NEG_INF
-from retrodict.policies.base import FiniteStepper
 from retrodict.policies.layers import MLP
+from retrodict.policies.stateless import StatelessPolicy
 from retrodict.protocols import Problems
 from retrodict.records import Menu, Rollouts, Scores
 from retrodict.spaces.masked import Masked, MaskedState
@@ -69,7 +68,7 @@ class MaskedMLP:
         return new
 
 
-class MaskedPolicy(FiniteStepper):
+class MaskedPolicy(StatelessPolicy):
     """A reader of masked sequences as a policy. Trainable.
 
     Args:
@@ -83,46 +82,11 @@ class MaskedPolicy(FiniteStepper):
         self.space: Masked = space
         self.problems, self.net = problems, net
         self.order: Order = order
-        self.about: dict[str, Any] = {}
-        self.updates = 0
-
-    @property
-    def version(self) -> str:
-        """Moves with every update."""
-        return f"{type(self.net).__name__}@{self.updates}"
-
-    def parameters(self) -> Mapping[str, Tensor]:
-        """The network's."""
-        return self.net.parameters
-
-    def settle(self) -> None:
-        """Gradients are where they belong."""
-
-    def refresh(self) -> None:
-        """Nothing is copied; the version moves."""
-        self.updates += 1
+        super().__init__()
 
     def on(self, problems: Problems) -> MaskedPolicy:
         """The same reader on other problems."""
         return MaskedPolicy(self.space.on(problems), problems, self.net, self.order)
-
-    # -- step by step: it carries no more than the problem ------------------------------------------------------------
-
-    def start(self, problem: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The problems."""
-        return problem
-
-    def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The problems."""
-        return rollouts.problem
-
-    def step(self, c: Int[Tensor, " b"], s: MaskedState, move: Tensor) -> Int[Tensor, " b"]:
-        """The problems."""
-        return c
-
-    def take(self, c: Int[Tensor, " b"], index: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
-        """Rows ``index``."""
-        return c[index]
 
     def log_probs(
         self, c: Int[Tensor, " b"], s: MaskedState, menu: Menu, raw: bool = False

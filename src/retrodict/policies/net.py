@@ -8,7 +8,6 @@ the network once on all prefixes of a batch. Small nets are fastest on one threa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from retrodict.errors import InputError
 from retrodict.numerics import NEG_INF
-from retrodict.policies.base import FiniteStepper, over_menu
+from retrodict.policies.base import over_menu
 from retrodict.policies.layers import MLP, row_features
+from retrodict.policies.stateless import StatelessPolicy
 from retrodict.protocols import Problems, Space, State
 from retrodict.records import FREE, Menu, Rollouts, Scores
 
@@ -43,7 +43,7 @@ class Net(Protocol):
     def __call__(self, x: Float[Tensor, "b i"]) -> Float[Tensor, "b o"]: ...
 
 
-class NetPolicy(FiniteStepper):
+class NetPolicy(StatelessPolicy):
     """A network over the menus of a coded space. Trainable by every objective of ``objectives.table``.
 
     Args:
@@ -61,24 +61,7 @@ class NetPolicy(FiniteStepper):
         self.x = row_features(problems)
         width = space.n_features + (0 if self.x is None else self.x.shape[1])
         self.net = net or MLP(width, space.n_moves + space.n_stops, hidden, layers, seed)
-        self.about: dict[str, Any] = {}
-        self.updates = 0
-
-    @property
-    def version(self) -> str:
-        """Moves with every update."""
-        return f"{type(self.net).__name__}@{self.updates}"
-
-    def parameters(self) -> Mapping[str, Tensor]:
-        """The network's."""
-        return self.net.parameters
-
-    def settle(self) -> None:
-        """Gradients are where they belong."""
-
-    def refresh(self) -> None:
-        """Nothing is copied; the version moves."""
-        self.updates += 1
+        super().__init__()
 
     def on(self, problems: Problems) -> NetPolicy:
         """The same network on other problems. Raises InputError where these say more or less than the old ones."""
@@ -89,24 +72,6 @@ class NetPolicy(FiniteStepper):
             raise InputError(f"this policy reads {old} features of a problem, and these have {told}")
         new.updates = self.updates
         return new
-
-    # -- step by step: it carries no more than the problem ------------------------------------------------------------
-
-    def start(self, problem: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The problems."""
-        return problem
-
-    def start_at(self, rollouts: Rollouts, upto: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
-        """The problems."""
-        return rollouts.problem
-
-    def step(self, c: Int[Tensor, " b"], s: State, move: Tensor) -> Int[Tensor, " b"]:
-        """The problems."""
-        return c
-
-    def take(self, c: Int[Tensor, " b"], index: Int[Tensor, " k"]) -> Int[Tensor, " k"]:
-        """Rows ``index``."""
-        return c[index]
 
     def log_probs(
         self, c: Int[Tensor, " b"], s: State, menu: Menu, raw: bool = False

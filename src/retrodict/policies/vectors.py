@@ -35,6 +35,14 @@ class VectorPolicy:
         """Draw the next vector of each row, which is at ``at`` after i moves."""
         raise NotImplementedError  # abstract
 
+    def draw(
+        self, problem: Int[Tensor, " b"], at: Float[Tensor, "b d"], i: int, gen: torch.Generator, temperature: float
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """The next vector, its log density under q, and under the behaviour at this temperature."""
+        to, k = self.propose(problem, at, i, gen, temperature), torch.full_like(problem, i)
+        log_q = self.log_move(problem, at, k, to)
+        return to, log_q, log_q if temperature == 1.0 else self.log_move(problem, at, k, to, temperature)
+
     def log_move(
         self,
         problem: Int[Tensor, " b"],
@@ -72,11 +80,10 @@ class VectorPolicy:
             raise InputError("real vectors have no uniform move to explore with; leave out epsilon, raise temperatures")
         at, moves, log_q, log_b = self.space.start(problem).at, [], [], []
         for i in range(self.space.steps):
-            to, k = self.propose(problem, at, i, gen, temperature), torch.full_like(problem, i)
-            log_q.append(self.log_move(problem, at, k, to))
-            log_b.append(log_q[-1] if temperature == 1.0 else self.log_move(problem, at, k, to, temperature))
-            moves.append(to)
-            at = to
+            at, q, b = self.draw(problem, at, i, gen, temperature)
+            moves.append(at)
+            log_q.append(q)
+            log_b.append(b)
         stacked = torch.stack(log_q, 1)
         drawn = self.space.record(problem, torch.stack(moves, 1), stacked, torch.stack(log_b, 1))
         return drawn if not behaviour else Rollouts(**{**vars(drawn), "behaviour": dict(behaviour)})
