@@ -121,6 +121,7 @@ def test_a_network_is_read_and_sampled_by_its_tables(tmp_path: Path) -> None:
     ("change", "words"),
     [
         (("( rain ) {", "( snow ) {"), "a probability of 'snow', which is no variable"),
+        (("( rain ) {", "( ) {"), "a probability of nothing"),
         (("table 0.2, 0.8", "table 0.2, 0.7"), "probabilities of 'rain'"),
         (("table 0.2, 0.8", "table 0.2, x"), "'rain' has probabilities that are no numbers: 0.2, x"),
         (("default 1.0, 0.0, 0.0", "default 1.0, 0.0"), "a row of 'grass' has 2 numbers, not 3"),

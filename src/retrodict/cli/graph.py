@@ -29,7 +29,7 @@ from retrodict.structures.ask import Asker
 from retrodict.structures.data import Table, read_csv, read_edges
 from retrodict.structures.edge_prior import EdgePrior, ask_edges, edge_prior
 from retrodict.structures.intervene import expected_gain
-from retrodict.structures.methods import METHODS, graph_posterior
+from retrodict.structures.methods import choose, graph_posterior
 from retrodict.structures.modular import Modular, combined
 from retrodict.structures.network import read_bif
 from retrodict.structures.posterior import GraphPosterior
@@ -105,8 +105,7 @@ def run(
     words = described(names, told) if told else {n: "" for n in names}
     space = Dags(len(names), edges_of(required, names), edges_of(forbidden, names), max_parents or None, names=names)
     real = true_graph(truth, names) if truth else None
-    if method not in ("auto", *METHODS):
-        raise InputError(f"unknown method {method!r}{nearest(method, [*METHODS, 'auto'])}")
+    method = choose(len(names), method)
     factors = (
         data_factors(table, score, ess, prior, standardise) if table is not None else chosen_prior(prior, len(names))
     )

@@ -28,19 +28,32 @@ from retrodict.structures.mcmc_order import order_mcmc
 from retrodict.structures.mcmc_structure import structure_mcmc
 from retrodict.structures.modular import MOST_TABLE, Modular
 from retrodict.structures.posterior import GraphPosterior, named, sampled
-from retrodict.structures.subsets import subset_marginals
+from retrodict.structures.subsets import MOST, subset_marginals
 from retrodict.structures.target import graph_target
 from retrodict.structures.train import amortize_graphs
 from retrodict.training.threads import one_thread
 
 METHODS = ("exact", "subsets", "order", "structure", "amortized")
+LIMITS = {"exact": MAX_LISTED, "subsets": MOST, "order": MOST_TABLE}
+"""Most nodes of a method."""
 BATCHES, DRAWS, FEW = 16, 1024, 0.02
 """Of an amortized policy: batches of draws, draws in each, and the share of ESS below which draws stay unweighed."""
 
 
-def choose(d: int) -> str:
-    """The method for d nodes: exact while graphs can be listed, then the chain that mixes better while it fits."""
-    return "exact" if d <= MAX_LISTED else "order" if d <= MOST_TABLE else "structure"
+def choose(d: int, method: str = "auto") -> str:
+    """The method for d nodes: exact while graphs can be listed, then the chain that mixes better while it fits.
+
+    Raises InputError for a name that is no method, and for a method that d is too many for.
+    """
+    if method == "auto":
+        return "exact" if d <= MAX_LISTED else "order" if d <= MOST_TABLE else "structure"
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}{nearest(method, [*METHODS, 'auto'])}")
+    if d > LIMITS.get(method, d):
+        fit = [f"{m} (up to {LIMITS[m]})" if m in LIMITS else m for m in METHODS if d <= LIMITS.get(m, d)]
+        raise InputError(f"{d} variables are too many for the method {method} (at most {LIMITS[method]}): "
+                         f"use the method {', '.join(fit[:-1])} or {fit[-1]}")  # fmt: skip
+    return method
 
 
 def graph_posterior(
@@ -63,9 +76,7 @@ def graph_posterior(
             a policy ``steps`` are gradient steps.
         seed: of the chains.
     """
-    method = choose(score.d) if method == "auto" else method
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}{nearest(method, [*METHODS, 'auto'])}")
+    method = choose(score.d, method)
     length: dict[str, int] = {} if steps is None else {"steps": steps, "burn_in": steps // 5}
     start = edges_to_graph(space.required, score.d)[0] if space is not None else None
     calls: dict[str, Callable[[], GraphPosterior]] = {

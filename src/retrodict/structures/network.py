@@ -93,6 +93,8 @@ def read_bif(path: str | os.PathLike[str]) -> Network:
     tables: dict[int, Tensor] = {}
     for head, body in PROBABILITY.findall(text):
         words = [w for w in re.split(r"[\s|,]+", head.strip()) if w]
+        if not words:
+            raise InputError(f"{path.name}: a probability of nothing; write 'probability ( NAME ) {{ table ...; }}'")
         unknown = [w for w in words if w not in names]
         if unknown:
             raise InputError(f"{path.name}: a probability of {unknown[0]!r}, which is no variable")

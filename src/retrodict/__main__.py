@@ -1,0 +1,5 @@
+"""``python -m retrodict``: the same as the command ``retrodict``."""
+
+from retrodict.cli.main import main
+
+raise SystemExit(main())
