@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -72,3 +73,34 @@ def test_a_cluster_s_variables_alone_start_nothing(script: Path) -> None:
     alone = {k: v for k, v in ENV.items() if k != "MASTER_ADDR"} | {"PMI_SIZE": "4", "PMI_RANK": "2"}
     subprocess.run([sys.executable, str(script), str(script.parent / "out")], env=alone, check=True, timeout=120)
     assert said(script) == {"0": "1 1"}
+
+
+RECIPE = """model: random:tiny
+target: infill
+before: ab
+after: cd
+stop: '.'
+max_tokens: 3
+objective: vargrad
+steps: 2
+samples: 4
+shards: 2
+evaluate: 4
+rank: 2
+lora_targets: [q_proj]
+"""
+
+
+def test_train_on_two_processes_makes_one_run_folder_and_the_run_of_one(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m"]
+    for how in (two, [sys.executable, "-m"]):
+        done = subprocess.run([*how, "retrodict", "train", "recipe.yaml"], env=ENV, cwd=tmp_path, check=True,
+                              capture_output=True, text=True, timeout=240)  # fmt: skip
+        assert done.stdout.count("report ") == 1
+    folders = sorted((tmp_path / "runs").iterdir())
+    assert [x.name for x in folders] == ["recipe-001", "recipe-002"]
+    assert all(json.loads((x / "status.json").read_bytes())["status"] == "complete" for x in folders)
+    curves = [[json.loads(line)["loss"] for line in (x / "training/vargrad/metrics.jsonl").read_text().splitlines()]
+              for x in folders]  # fmt: skip
+    assert len(curves[0]) == 2 and curves[0] == pytest.approx(curves[1], rel=1e-4)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -32,6 +34,7 @@ from retrodict.targets.algebra import Target
 from retrodict.targets.simulate import simulate
 from retrodict.training.amortize import amortize, grow, load_policy
 from retrodict.training.distance import DISTANCES
+from retrodict.training.distributed import World, world
 from retrodict.training.settings import Settings, settings
 
 RATES = values.Value("START END STEPS", lambda x: _triple(x), values._number, many=True)
@@ -265,7 +268,18 @@ def run(words: Sequence[str], parse: Any) -> int:
 
 
 def execute(p: TrainPlan) -> int:
-    """Train, compare with prior and baselines, save the adapter and the page."""
+    """Train, compare with prior and baselines, save the adapter and the page.
+
+    Of several processes (torchrun) the first has the run folder and says how it goes; the others train along.
+    """
+    here = world()
+    if here.first:
+        return _execute(p, here)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        return _execute(p, here)
+
+
+def _execute(p: TrainPlan, here: World) -> int:
     keys = p.keys
     with _spinner(f"loading {keys.model}"):
         lm: Any = door.load(keys.model, dtype=keys.dtype, device=keys.device)
@@ -273,12 +287,13 @@ def execute(p: TrainPlan) -> int:
     held, exact = _simulated(p, lm, target)
     target = held.pop("train", target)
     judged = held.get("judged", target)
-    folder = RunFolder(p.folder) if p.folder else RunFolder.create(keys.out, p.resolved["name"], p.resolved,
-                                                                  _texts(judged, lm), environment(lm))  # fmt: skip
+    folder = _folder(p, here, judged, lm)
     policies: dict[str, Any] = {}
     try:
         for name in dict.fromkeys([keys.objective, *(keys.baselines or ())]):
             policies[name] = _train(p, target, folder, name)
+        if not here.first:
+            return 0
         with _spinner("comparing"):
             label = {n: "amortized" if n == keys.objective else n for n in policies}
             told: dict[str, Any] = {"prior": judged.prior}
@@ -289,18 +304,33 @@ def execute(p: TrainPlan) -> int:
         folder.comparison(table)
         policies[keys.objective].save(folder.path / "adapter", table, p.resolved)
     except KeyboardInterrupt:
-        with _unbroken():
-            folder.close("interrupted")
+        _close(folder, here, "interrupted")
         raise KeyboardInterrupt(f"interrupted; go on with: retrodict train --resume {folder.path}") from None
     except Exception as error:
-        with _unbroken():
-            folder.close("failed", str(error))
+        _close(folder, here, "failed", str(error))
         raise
-    with _unbroken():
-        folder.close("complete")
+    _close(folder, here, "complete")
     _print_comparison(table)
     print(f"adapter {folder.path / 'adapter'}\nreport  {folder.path / 'report.html'}")
     return 0
+
+
+def _folder(p: TrainPlan, here: World, judged: Target, lm: Any) -> RunFolder:
+    """The run folder, which the first process makes for all."""
+    if p.folder:
+        return RunFolder(p.folder)
+    made = ""
+    if here.first:
+        keys = p.keys
+        made = str(RunFolder.create(keys.out, p.resolved["name"], p.resolved, _texts(judged, lm), environment(lm)).path)
+    return RunFolder(Path(here.told(made)))
+
+
+def _close(folder: RunFolder, here: World, status: str, message: str = "") -> None:
+    """Say in the folder how it ended."""
+    if here.first:
+        with _unbroken():
+            folder.close(status, message)
 
 
 def _simulated(p: TrainPlan, lm: Any, target: Target) -> tuple[dict[str, Target], Rollouts | None]:
