@@ -4,7 +4,7 @@ import pytest
 
 import retrodict as rd
 from retrodict.structures.ask import Asker
-from retrodict.structures.edge_prior import ask_edges
+from retrodict.structures.lm_prior import ask_edges
 from retrodict.structures.worlds_ask import ask
 
 pytestmark = pytest.mark.hf

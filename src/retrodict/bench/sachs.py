@@ -31,7 +31,7 @@ from retrodict.rng import generator
 from retrodict.structures import scores
 from retrodict.structures.ask import Asker
 from retrodict.structures.data import Table, read_csv, read_edges
-from retrodict.structures.edge_prior import Calibration, EdgeAnswers, ask_edges, calibrate, edge_prior
+from retrodict.structures.lm_prior import Calibration, EdgeAnswers, ask_edges, calibrate, edge_prior
 from retrodict.structures.methods import graph_posterior
 from retrodict.structures.modular import Modular, combined
 from retrodict.structures.network import read_bif

@@ -27,8 +27,8 @@ from retrodict.spaces.dags import Dags, Edge
 from retrodict.structures import priors, scores
 from retrodict.structures.ask import Asker
 from retrodict.structures.data import Table, read_csv, read_edges
-from retrodict.structures.edge_prior import EdgePrior, ask_edges, edge_prior
 from retrodict.structures.intervene import expected_gain
+from retrodict.structures.lm_prior import EdgePrior, ask_edges, edge_prior
 from retrodict.structures.methods import choose, graph_posterior
 from retrodict.structures.modular import Modular, combined
 from retrodict.structures.network import read_bif

@@ -5,10 +5,10 @@ from retrodict.structures.ask import Asker
 from retrodict.structures.bootstrap import bootstrap_graphs
 from retrodict.structures.data import Table, read_csv
 from retrodict.structures.describe import Described, Describer
-from retrodict.structures.edge_prior import ask_edges, calibrate, edge_prior
 from retrodict.structures.forms import Forms, language
 from retrodict.structures.forms_parse import Parser, amortize_forms, forms_target
 from retrodict.structures.law import graph_law, posterior_law, total_variation
+from retrodict.structures.lm_prior import ask_edges, calibrate, edge_prior
 from retrodict.structures.methods import graph_posterior
 from retrodict.structures.modular import combined
 from retrodict.structures.network import read_bif

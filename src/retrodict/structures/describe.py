@@ -35,7 +35,7 @@ from retrodict.records import Problem, Rollouts
 from retrodict.rng import generator
 from retrodict.spaces.dags import Dags, adjacency
 from retrodict.structures.ask import NULL_PROMPT, Asker
-from retrodict.structures.edge_prior import Variables, phrases_of
+from retrodict.structures.lm_prior import Variables, phrases_of
 from retrodict.targets.algebra import Factor, Target
 
 Links = Sequence[tuple[str, Sequence[str]]]

@@ -25,7 +25,7 @@ from torch import Tensor
 from retrodict.errors import InputError
 from retrodict.numerics import log_mean_exp
 from retrodict.structures.ask import NULL_PROMPT, Asker
-from retrodict.structures.edge_prior import Variables, phrases_of
+from retrodict.structures.lm_prior import Variables, phrases_of
 
 NONE, TOGETHER, APART = 0, 1, 2
 WEIGHT = 0.7

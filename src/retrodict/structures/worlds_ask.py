@@ -4,7 +4,7 @@
     p(s)   = sigmoid(mean over forms f of [l_f(s) - mean over content-free statements of l_f])
 
 A form is a wording and the order in which the options are named. Averages of log-odds and the null correction are as
-in ``edge_prior``; the content-free statements are asked after the same text, so that a text which makes every answer
+in ``lm_prior``; the content-free statements are asked after the same text, so that a text which makes every answer
 "yes" changes nothing, and one that argues for a statement does.
 """
 
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retrodict.structures.ask import Asker
-from retrodict.structures.edge_prior import ORDERS
+from retrodict.structures.lm_prior import ORDERS
 from retrodict.structures.worlds import Belief
 
 WORDINGS = (

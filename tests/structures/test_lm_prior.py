@@ -10,7 +10,7 @@ from retrodict.models.tiny import TinyLM
 from retrodict.rng import generator
 from retrodict.spaces.dags import all_dags, parent_masks
 from retrodict.structures.ask import Asker
-from retrodict.structures.edge_prior import VERBS, Calibration, EdgePrior, ask_edges, calibrate, edge_prior, phrases_of
+from retrodict.structures.lm_prior import VERBS, Calibration, EdgePrior, ask_edges, calibrate, edge_prior, phrases_of
 from retrodict.structures.modular import Modular
 
 NAMES = ("rain", "wet_grass", "sprinkler")
