@@ -54,7 +54,7 @@ class Task:
     """From a file; None has it computed."""
     cold: float | None = None
     """Token temperature of importance draws that suit the target better than any guide: p^alpha has none to look by, and
-    SMC weighs what has stopped against prefixes that have yet to pay for their ends, and loses the short ones."""
+    SMC weighs what has stopped against prefixes that have yet to pay for their ends: it loses the short ones."""
 
 
 Method = Callable[[Task, int, int], Particles | None]
@@ -135,9 +135,10 @@ def run(
 
 
 def truth_of(task: Task, n: int) -> tuple[float, str]:
-    """log Z pooled over eight runs of SMC with the best guide there is, or of colder importance draws, eight times n."""
+    """log Z pooled over eight runs of SMC with the best guide there is; colder importance draws, 8 n a run."""
     n = n if task.cold is None else 8 * n
-    p = _cold(task, n, 900, 8) or smc(task.guided or task.target, n=n, runs=8, seed=900)
+    p = _cold(task, n, 900, 8)
+    p = smc(task.guided or task.target, n=n, runs=8, seed=900) if p is None else p
     assert p.log_z is not None
     log_z, error = jackknife_log_mean(p.log_z[0])
     return float(log_z), f"+- {float(error):.2f}, 8 runs of {n}"
