@@ -53,7 +53,7 @@ class Task:
     log_z: float | None = None
     """From a file; None has it computed."""
     cold: float | None = None
-    """Token temperature of importance draws that suit the target better than any guide: p^alpha has none to look by, and
+    """Token temperature of importance draws that suit the target better than a guide: p^alpha has none to look by, and
     SMC weighs what has stopped against prefixes that have yet to pay for their ends: it loses the short ones."""
 
 
