@@ -223,7 +223,7 @@ def started(folder: Path, *words: str, **how) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_an_interrupt_saves_what_is_finished(number, code, tmp_path):
-    go = ["sample", *INFILL, "--n", "4", "--runs", "400", "--verifier", "slow:slow"]
+    go = ["sample", *INFILL, "--n", "4", "--runs", "4000", "--verifier", "slow:slow"]
     p = started(tmp_path, *go, stdout=subprocess.PIPE)
     kept = tmp_path / "runs/infill-001/particles/smc.safetensors"
     end = time.monotonic() + 40
@@ -236,7 +236,7 @@ def test_an_interrupt_saves_what_is_finished(number, code, tmp_path):
     assert "runs/infill-001" in err
     folder = tmp_path / "runs/infill-001"
     particles = rd.Particles.load(kept)
-    assert 0 < particles.k < 1600 and particles.k == len(lines(folder / "samples.jsonl"))
+    assert 0 < particles.k < 16000 and particles.k == len(lines(folder / "samples.jsonl"))
     assert json.loads((folder / "status.json").read_text())["status"] == "interrupted"
     assert "Interrupted. What had finished" in (folder / "report.html").read_text()
     assert not list(folder.rglob("*.part"))
