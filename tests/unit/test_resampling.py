@@ -37,6 +37,19 @@ def test_counts_are_unbiased(name: str, kind: str) -> None:
 
 @every_scheme
 @pytest.mark.parametrize("kind", WEIGHTS)
+def test_counts_are_unbiased_in_fewer_slots(name: str, kind: str) -> None:
+    w = torch.tensor(WEIGHTS[kind], dtype=torch.float64).expand(20_000, -1)
+    slots = torch.tensor([[2], [3]]).repeat(10_000, 1)
+    index = RESAMPLERS[name](w, generator(0), slots)
+    used = torch.arange(5) < slots
+    n = (torch.nn.functional.one_hot(index, 5).double() * used[:, :, None]).sum(1)
+    for k, some in ((2, n[::2]), (3, n[1::2])):
+        se = some.std(0) / len(some) ** 0.5
+        assert ((some.mean(0) - k * w[0]).abs() <= 4.5 * se + 1e-12).all()
+
+
+@every_scheme
+@pytest.mark.parametrize("kind", WEIGHTS)
 def test_counts_vary_no_more_than_multinomial_ones(name: str, kind: str) -> None:
     w = torch.tensor(WEIGHTS[kind], dtype=torch.float64)
     var = copies(name, WEIGHTS[kind], 20_000).var(0)

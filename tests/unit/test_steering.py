@@ -97,7 +97,26 @@ def test_a_ramp_ends_at_the_same_answer() -> None:
     assert slow.trace.settings["ramp"] == 3
 
 
+def test_who_stopped_is_left_alone_when_set_aside() -> None:
+    """Its parent is itself from the step of its stop on; and who grows was resampled meanwhile."""
+    target = continuation(TabularLM.random(".ab ", order=3, seed=1), "a", temperature=0.3, stop=".", max_tokens=6)
+    p = smc(target, n=64, runs=2, seed=0, ess_threshold=1.0, stopped="aside")
+    assert p.trace.ancestors is not None and p.trace.settings["stopped"] == "aside"
+    own = torch.arange(64)
+    stopped = torch.zeros(2, 64, dtype=torch.bool)
+    n, moved = p.objects.n.view(2, 64), False
+    for step, parent in enumerate(p.trace.ancestors):
+        stopped = (n <= step) & (p.log_w.view(2, 64) > float("-inf"))
+        assert (parent == own)[stopped].all()
+        moved = moved or bool((parent != own).any())
+    assert stopped.all() and moved
+
+
 def test_bad_input() -> None:
+    with pytest.raises(InputError, match="unknown value 'asid' of stopped"):
+        smc(story(), n=4, seed=0, stopped="asid")
+    with pytest.raises(InputError, match="thins all"):
+        smc(story(), n=4, seed=0, resampling=STEERING, beam=2, stopped="aside")
     with pytest.raises(InputError, match="go together"):
         smc(story(), n=4, seed=0, beam=2)
     with pytest.raises(InputError, match="go together"):

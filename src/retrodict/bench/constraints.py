@@ -4,7 +4,7 @@ Errors of log Z-hat on "no word over five letters" against the pooled reference,
 stop coming (an HMM, a learned twist); the strongest peer on the same target in the same run; evidence precision per
 token on other targets; and what is valid of JSON and grammar output. Guides are fitted once, on none of these prompts;
 their seconds stand apart. The exponent of each guide is chosen by the spread of log Z-hat on another prompt, which
-needs no reference.
+needs no reference; on the infilling by conditional runs around other posterior draws than those that judge it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from retrodict.models.hf.gguf import convert, smollm2_gguf
 from retrodict.models.load import load
 from retrodict.numerics import NEG_INF, jackknife_log_mean, log_mean_exp
 from retrodict.particles import Particles
+from retrodict.records import Rollouts
 from retrodict.rng import generator
 from retrodict.samplers.smc import conditional_smc, smc
 from retrodict.targets.algebra import Target
@@ -208,37 +209,68 @@ def precision(lm: Any, hmm: Any, runs: int, n: int = 32) -> list[Row]:
     """
     words = including(lm, "This morning", contain=WORDS, stop=".", max_tokens=24, limit="own_stop")
     looking = with_hmm(words, hmm)
-    rows = worth("three words", "smc, hmm guide", words, looking, looking, runs, n)
+    rows = worth("three words", "smc, hmm guide", words, lambda _: looking, Draws(looking, runs), n, (1.0,))
     story = infill(lm, *STORY, max_tokens=12, limit="own_stop", lookahead=None)
     ahead = infill(lm, *STORY, max_tokens=12, limit="own_stop")
     head = fit_twist(story, **STORY_TWIST)
     rows.append(show_only(SUITE, "infilling", "twist", "seconds", float(head.about["seconds"])))  # pyright: ignore[reportArgumentType]
-    guide, more = chosen(story, "infilling", "smc, learned twist", lambda t, b: with_twist(t, head, b))
-    return rows + more + worth("infilling", "smc, learned twist", story, guide(story), ahead, runs, n)
+    return rows + worth("infilling", "smc, learned twist", story, lambda b: with_twist(story, head, b),
+                        Draws(ahead, runs), n, (1.0, 0.6, 0.4, 0.2))  # fmt: skip
 
 
-def worth(name: str, method: str, plain: Target, guided: Target, best: Target, runs: int, n: int) -> list[Row]:
-    """The rows of one target; ``best`` makes log Z and the posterior draws that conditional SMC keeps.
+class Draws:
+    """log Z of a target and posterior draws from eight runs: those of four to choose by, of the other four to judge by.
 
-    The spread of free runs is no measure: unguided ones nearly always say 0, and agree.
+    Conditional SMC keeps one draw a run. (The spread of free runs is no measure here: where nearly every draw is worth
+    nothing they all miss what is worth most, and agree.)
     """
-    pool = smc(best, n=64, runs=8, seed=700)
-    assert pool.log_z is not None
-    truth, error = (float(x) for x in jackknife_log_mean(pool.log_z[0]))
-    rows = [show_only(SUITE, name, "reference", "log Z", truth, f"+- {error:.2f}, 8 runs of N = 64")]
-    pick = torch.multinomial(pool.weights[0], runs, replacement=True, generator=generator(701))
-    exact, value, off_by = pool.objects.take(pick), {}, {}
-    for label, t in (("smc", plain), (method, guided)):
-        kept = conditional_smc(t, exact=exact, n=n, runs=runs, seed=702)
+
+    def __init__(self, best: Target, runs: int, n: int = 64) -> None:
+        pool = smc(best, n=n, runs=8, seed=700)
+        assert pool.log_z is not None
+        self.runs = runs
+        self.truth, self.error = (float(x) for x in jackknife_log_mean(pool.log_z[0]))
+        half, gen = 4 * n, generator(701)
+        places = [torch.multinomial(w, runs, replacement=True, generator=gen) for w in pool.weights[0].split(half)]
+        self.to_choose, self.to_judge = (pool.objects.take(where + k * half) for k, where in enumerate(places))
+
+    def measure(self, target: Target, exact: Rollouts, n: int, stopped: str) -> tuple[float, float, float]:
+        """Var(Z-hat) / Z^2 of SMC on a target, its standard error, and the tokens of a run."""
+        kept = conditional_smc(target, exact=exact, n=n, runs=self.runs, seed=702, stopped=stopped)
         assert kept.log_z is not None
-        variance, se = relative_variance(kept.log_z[0], truth)
-        tokens = kept.trace.counts["tokens"] / runs
+        return *relative_variance(kept.log_z[0], self.truth), kept.trace.counts["tokens"] / self.runs
+
+
+def worth(
+    name: str, method: str, plain: Target, make: Callable[[float], Target], draws: Draws, n: int,
+    powers: tuple[float, ...],
+) -> list[Row]:  # fmt: skip
+    """The rows of one target, the guide at the exponent that is worth most around other draws than it is judged on.
+
+    All runs set aside who has stopped; the unguided one is also shown without that, where prefixes that have yet to pay
+    for Y crowd out who has paid.
+    """
+    rows = [show_only(SUITE, name, "reference", "log Z", draws.truth, f"+- {draws.error:.2f}, 8 runs of N = 64")]
+    note, cost = f"{draws.runs} conditional runs of N = {n}", {}
+    for b in powers if len(powers) > 1 else ():
+        variance, se, tokens = draws.measure(make(b), draws.to_choose, n, "aside")
+        cost[b] = variance * tokens
+        rows.append(show_only(SUITE, name, method, f"Var(Z-hat) / Z^2 to choose by, psi^{b:g}", variance,
+                              f"+- {se:.2g}, {note}"))  # fmt: skip
+    best = min(powers, key=lambda b: cost.get(b, 0.0))
+    rows.append(show_only(SUITE, name, method, "exponent", best))
+    value, off_by = {}, {}
+    for label, t, stopped in (("smc", plain, "compete"), ("smc, stopped aside", plain, "aside"),
+                              (method, make(best), "aside")):  # fmt: skip
+        variance, se, tokens = draws.measure(t, draws.to_judge, n, stopped)
         value[label], off_by[label] = 1 / (variance * tokens), se / variance
-        note = f"+- {se:.2g}, {runs} conditional runs of N = {n}"
-        rows += [show_only(SUITE, name, label, "Var(Z-hat) / Z^2", variance, note),
+        rows += [show_only(SUITE, name, label, "Var(Z-hat) / Z^2", variance, f"+- {se:.2g}, {note}"),
                  show_only(SUITE, name, label, "tokens a run", tokens)]  # fmt: skip
-    ratio, error = value[method] / value["smc"], math.hypot(*off_by.values())
-    return [*rows, at_least(SUITE, name, method, "precision per token against unguided", ratio, 5.0, f"+- {error:.0%}")]
+    for label in ("smc", "smc, stopped aside"):
+        error = math.hypot(off_by[method], off_by[label])
+        rows.append(at_least(SUITE, name, method, f"precision per token against {label}", value[method] / value[label],
+                             5.0, f"+- {error:.0%}"))  # fmt: skip
+    return rows
 
 
 STORY = ("Anna lost her keys.", "So she slept at a friend's house.")

@@ -77,6 +77,7 @@ METHODS: dict[str, Method] = {
     "importance": lambda task, n, seed: importance(task.target, n=n, runs=1, seed=seed),
     "importance, colder tokens": _cold,
     "smc": _smc(),
+    "smc, stopped aside": _smc(stopped="aside"),
     "smc, hmm guide": _looking,
     "smc, steering (2 beams)": _smc(resampling="without_replacement", beam=2),
     "annealed": lambda task, n, seed: annealed(task.target, n=n, runs=1, seed=seed),

@@ -21,6 +21,7 @@ from retrodict.cli.targets import TARGETS, Kind, Method, import_path, kind_of, m
 from retrodict.errors import InputError, nearest
 from retrodict.samplers.mh.kernels import KERNELS
 from retrodict.samplers.resampling import RESAMPLERS, STEERING
+from retrodict.samplers.smc import STOPPED
 from retrodict.samplers.table import SAMPLERS
 from retrodict.spaces.limits import LIMITS
 from retrodict.targets.problems import TextProblem
@@ -97,6 +98,7 @@ class Config:
     resampling: str | None = _pick("sampler", (*RESAMPLERS, STEERING), "smc, annealed, pimh: the scheme")
     beam: int | None = _key("sampler", values.whole(1), f"smc, {STEERING}: continuations of a particle")
     ramp: int | None = _key("sampler", values.whole(0), "smc: moves until a tempered prior has its full exponent")
+    stopped: str | None = _pick("sampler", STOPPED, "smc: who has stopped, when others are resampled")
     steps: int | None = _key("sampler", values.whole(1), "mh, tempering, pimh: steps of each chain; annealed: a rung")
     rungs: int | None = _key("sampler", values.whole(1), "tempering, annealed: exponents from the policy to the target")
     kernel: str | None = _pick("sampler", KERNELS, "mh, tempering, annealed: what a step redoes")

@@ -73,8 +73,8 @@ def power(
     assert isinstance(target.prior, FiniteStepper)
     policy = TemperedPolicy(target.prior, 1 / alpha)
     ramp = 0 if alpha == 1 else max_tokens // 2
-    long = smc(target, policy, n=n, seed=child_seed(seed, 0), runs=1, ramp=ramp)
-    short = smc(target, n=n, seed=child_seed(seed, 1), runs=1)
+    long = smc(target, policy, n=n, seed=child_seed(seed, 0), runs=1, ramp=ramp, stopped="aside")
+    short = smc(target, n=n, seed=child_seed(seed, 1), runs=1, stopped="aside")
     return mh(target, policy, n=n, seed=seed, steps=steps, keep=keep, start=pooled(long, short), on_step=on_step)
 
 

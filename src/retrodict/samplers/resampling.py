@@ -1,4 +1,4 @@
-"""Resampling schemes: unbiased counts, E[#copies of i] = n W_i, in float64.
+"""Resampling schemes: unbiased counts, E[#copies of i] = k W_i in k slots (n of them or fewer), in float64.
 
 Multinomial; stratified and systematic (Kitagawa 1996; Carpenter et al. 1999); residual (Liu and Chen 1998, with
 multinomial remainders). Compared in Douc, Cappe and Moulines (2005). Without replacement, from more candidates than are
@@ -8,7 +8,7 @@ kept: Fearnhead and Clifford (2003, section 3.2), which SMC steering uses after 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,39 +16,58 @@ from torch import Tensor
 
 from retrodict.numerics import invert_cdf
 
-Scheme = Callable[[Tensor, torch.Generator], Tensor]
+
+class Scheme(Protocol):
+    """Parents of n slots by weight, of which the first ``slots`` count (all n where it is left out)."""
+
+    def __call__(
+        self, weights: Float[Tensor, "p n"], gen: torch.Generator, slots: Int[Tensor, "p 1"] | None = None
+    ) -> Int[Tensor, "p n"]: ...  # noqa: D102
 
 
 def _uniform(p: int, n: int, gen: torch.Generator) -> Tensor:
     return torch.rand(p, n, generator=gen, dtype=torch.float64, device=gen.device)
 
 
-def multinomial(weights: Float[Tensor, "p n"], gen: torch.Generator) -> Int[Tensor, "p n"]:
-    """n independent draws."""
+def multinomial(
+    weights: Float[Tensor, "p n"], gen: torch.Generator, slots: Int[Tensor, "p 1"] | None = None
+) -> Int[Tensor, "p n"]:
+    """n independent draws; as every row's are alike, ``slots`` changes nothing."""
     return invert_cdf(weights, _uniform(weights.shape[0], weights.shape[1], gen))
 
 
-def stratified(weights: Float[Tensor, "p n"], gen: torch.Generator) -> Int[Tensor, "p n"]:
-    """One draw in each of n equal strata."""
-    p, n = weights.shape
-    grid = torch.arange(n, dtype=torch.float64, device=weights.device)
-    return invert_cdf(weights, (grid + _uniform(p, n, gen)) / n)
+def _strata(weights: Tensor, u: Tensor, slots: Tensor | None) -> Tensor:
+    grid = torch.arange(weights.shape[1], dtype=torch.float64, device=weights.device)
+    return invert_cdf(weights, ((grid + u) / _some(slots, weights)).clamp_max(1.0))
 
 
-def systematic(weights: Float[Tensor, "p n"], gen: torch.Generator) -> Int[Tensor, "p n"]:
+def _some(slots: Tensor | None, weights: Tensor) -> Tensor | int:
+    return weights.shape[1] if slots is None else slots
+
+
+def stratified(
+    weights: Float[Tensor, "p n"], gen: torch.Generator, slots: Int[Tensor, "p 1"] | None = None
+) -> Int[Tensor, "p n"]:
+    """One draw in each equal stratum."""
+    return _strata(weights, _uniform(weights.shape[0], weights.shape[1], gen), slots)
+
+
+def systematic(
+    weights: Float[Tensor, "p n"], gen: torch.Generator, slots: Int[Tensor, "p 1"] | None = None
+) -> Int[Tensor, "p n"]:
     """One uniform shared by all strata."""
-    p, n = weights.shape
-    grid = torch.arange(n, dtype=torch.float64, device=weights.device)
-    return invert_cdf(weights, (grid + _uniform(p, 1, gen)) / n)
+    return _strata(weights, _uniform(len(weights), 1, gen), slots)
 
 
-def residual(weights: Float[Tensor, "p n"], gen: torch.Generator) -> Int[Tensor, "p n"]:
-    """floor(n W_i) copies for certain, the rest multinomially from what is left."""
+def residual(
+    weights: Float[Tensor, "p n"], gen: torch.Generator, slots: Int[Tensor, "p 1"] | None = None
+) -> Int[Tensor, "p n"]:
+    """floor(k W_i) copies for certain, the rest multinomially from what is left."""
     p, n = weights.shape
-    w = weights.double()
+    w, k = weights.double(), _some(slots, weights)
     w = w / w.sum(-1, keepdim=True)
-    sure = (n * w + 1e-9).floor()
-    left = (n * w - sure).clamp_min(0)
+    sure = (k * w + 1e-9).floor()
+    left = (k * w - sure).clamp_min(0)
     fill = invert_cdf(torch.where(left.sum(-1, keepdim=True) > 0, left, w), _uniform(p, n, gen))
     ends = sure.cumsum(-1)
     grid = torch.arange(n, dtype=torch.float64, device=w.device).expand(p, n).contiguous()

@@ -7,7 +7,8 @@ prior); at its stop a particle's intermediate target is gamma itself. With q the
 
 Z-hat is unbiased for any psi and q that do not vanish where gamma does not (Del Moral 2004); log Z-hat is
 biased low. Weighted averages are biased O(1/n). Resampling happens where ESS < threshold * n and some particle still
-grows: never on the last step.
+grows: never on the last step. It may leave out who has stopped: weights within the rest keep their sum, which is all
+that unbiasedness asks.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ from retrodict.samplers.resampling import RESAMPLERS, STEERING, fan_out, without
 from retrodict.samplers.walk import Held, Look, Walk
 from retrodict.targets.algebra import Target, temper
 
+STOPPED = ("compete", "aside")
+"""What may become of particles that have stopped when a population is resampled."""
+
 
 def smc(
     target: Target,
@@ -49,6 +53,7 @@ def smc(
     resampling: str = "systematic",
     beam: int = 1,
     ramp: int = 0,
+    stopped: str = "compete",
     on_step: OnStep | None = None,
 ) -> Particles:
     """n particles a run and problem; all runs and problems advance together in one batch.
@@ -64,12 +69,16 @@ def smc(
         beam: SMC steering: every growing particle goes on as this many clones, and the n * beam candidates are then
             thinned to n without replacement. The answer has n * beam slots a run, empty ones of weight 0.
         ramp: moves over which the prior's exponent rises from 1 to the target's in the intermediate targets.
+        stopped: ``compete`` resamples all particles; with ``aside`` who has stopped keeps its slot and its weight, and
+            those that grow are resampled among themselves. For targets that are paid at the end (p^alpha, a reward of
+            the whole, a likelihood without look-ahead), where prefixes that owe it still crowd out what has paid.
         on_step: progress callback.
 
     Raises:
-        InputError: an unknown resampling scheme, a beam without its scheme, a ramp to no exponent, a count below one.
+        InputError: an unknown resampling scheme, a beam without its scheme or beside ``aside``, a ramp to no
+            exponent, a count below one.
     """
-    return _Run(target, policy, n, seed, runs, ess_threshold, resampling, on_step, None, beam, ramp).go()
+    return _Run(target, policy, n, seed, runs, ess_threshold, resampling, on_step, None, beam, ramp, stopped).go()
 
 
 def conditional_smc(
@@ -82,6 +91,7 @@ def conditional_smc(
     runs: int = 1,
     ess_threshold: float = 0.5,
     ramp: int = 0,
+    stopped: str = "compete",
     on_step: OnStep | None = None,
 ) -> Particles:
     """SMC with slot 0 of every population held to an exact posterior sample (Andrieu, Doucet and Holenstein 2010).
@@ -100,7 +110,7 @@ def conditional_smc(
         raise InputError(
             f"conditional SMC needs one exact sample a problem ({m}) or population ({m * runs}), got {len(exact)}"
         )
-    return _Run(target, policy, n, seed, runs, ess_threshold, "multinomial", on_step, exact, ramp=ramp).go()
+    return _Run(target, policy, n, seed, runs, ess_threshold, "multinomial", on_step, exact, 1, ramp, stopped).go()
 
 
 class _Run:
@@ -109,12 +119,19 @@ class _Run:
     def __init__(
         self, target: Target, policy: FiniteStepper | None, n: int, seed: int, runs: int, threshold: float,
         resampling: str, on_step: OnStep | None, exact: Rollouts | None, beam: int = 1, ramp: int = 0,
+        stopped: str = "compete",
     ) -> None:  # fmt: skip
         positive(n=n, runs=runs, beam=beam)
         if resampling not in (known := (*RESAMPLERS, STEERING)):
             raise InputError(f"unknown resampling {resampling!r}{nearest(resampling, known)}")
         if (beam > 1) != (resampling == STEERING):
             raise InputError(f"resampling={STEERING!r} and a beam of 2 or more go together; give both or neither")
+        if stopped not in STOPPED:
+            raise InputError(f"unknown value {stopped!r} of stopped{nearest(stopped, STOPPED)}")
+        if stopped == "aside" and beam > 1:
+            raise InputError(
+                "stopped='aside' keeps who has stopped out of resampling, and a beam thins all; leave one out"
+            )
         if not 0 <= threshold <= 1:
             raise InputError(f"ess_threshold is a share of n between 0 and 1, not {threshold}")
         self.beta = target.betas.get("prior", 1.0)
@@ -125,6 +142,7 @@ class _Run:
             )
         self.target, self.kept, self.n, self.runs, self.threshold = target, n, n * beam, runs, threshold
         self.scheme, self.beam, self.ramp = RESAMPLERS.get(resampling), beam, ramp
+        self.aside = stopped == "aside"
         self.on_step, self.exact = on_step, exact
         full = proposal(target, policy, soft=True)
         self.device = device_of(target, full)
@@ -133,7 +151,7 @@ class _Run:
         self.name, self.guide = self.walk.name, target.guide
         self.settings = {"n": n, "runs": runs, "seed": seed, "ess_threshold": threshold, "resampling": resampling}
         self.settings |= {"beam": beam} if beam > 1 else {}
-        self.settings |= {"ramp": ramp} if ramp else {}
+        self.settings |= ({"ramp": ramp} if ramp else {}) | ({"stopped": stopped} if self.aside else {})
         self.method = "smc" if exact is None else "conditional_smc"
         self.m = len(target.problems)
         self.pops = self.m * runs
@@ -172,12 +190,12 @@ class _Run:
             ess_now = ess(log_w.view(self.pops, n))
             alive = torch.zeros(b, dtype=torch.bool, device=self.device)
             alive[rows] = True
-            growing = alive.view(self.pops, n).any(1)
-            pick = growing & (ess_now < self.threshold * n) & (ess_now > 0)
+            room = self._room(log_w, alive)
+            pick = self._due(log_w, alive, room)
             ess_of.append(ess_now)
             did.append(pick)
             alive_of.append(alive.view(self.pops, n).sum(1))
-            index, log_w = self._parents(log_w, alive, pick)
+            index, log_w = self._parents(log_w, alive, room, pick)
             parents.append(index)
             if pick.any():
                 rows, log_pre, root = self._resample(tape, index, rows, alive, log_w, log_pre, root)
@@ -270,23 +288,41 @@ class _Run:
         """The prior's exponent after t moves: on a ramp it rises linearly from 1; at a stop gamma has the full one."""
         return self.beta if t >= self.ramp else 1 + (self.beta - 1) * t / self.ramp
 
+    def _room(self, log_w: Tensor, alive: Bool[Tensor, " b"]) -> Bool[Tensor, "pop n"]:
+        """Slots that resampling fills anew: all, or with ``aside`` those of who grows and of the dead."""
+        all_of = alive | (log_w == NEG_INF) if self.aside else torch.ones_like(alive)
+        return all_of.view(self.pops, self.n)
+
+    def _due(self, log_w: Tensor, alive: Bool[Tensor, " b"], room: Bool[Tensor, "pop n"]) -> Bool[Tensor, " pop"]:
+        """Populations to resample: some particle grows, and the ESS of those in the room is low."""
+        here = ess(log_w.view(self.pops, self.n).masked_fill(~room, NEG_INF))
+        return alive.view(self.pops, self.n).any(1) & (here < self.threshold * room.sum(1).double()) & (here > 0)
+
     def _parents(
-        self, log_w: Tensor, alive: Bool[Tensor, " b"], pick: Bool[Tensor, " pop"]
+        self, log_w: Tensor, alive: Bool[Tensor, " b"], room: Bool[Tensor, "pop n"], pick: Bool[Tensor, " pop"]
     ) -> tuple[Int[Tensor, "pop n"], Float[Tensor, " b"]]:
-        """Parent of each slot within its population (itself where it is not resampled), and its weight."""
+        """Parent of each slot within its population (itself where it is not resampled), and its weight.
+
+        The k slots of the room share its weight: sum of w / k each, so that the sum stays.
+        """
         index = torch.arange(self.n, device=self.device).repeat(self.pops, 1)
         if not pick.any():
             return index, log_w
+        room = room[pick]
         old = log_w.view(self.pops, self.n)
-        level = log_mean_exp(old[pick])[:, None]
+        here, k = old[pick].masked_fill(~room, NEG_INF), room.sum(1, keepdim=True)
+        level = here.logsumexp(1, keepdim=True) - k.double().log()
         new = old.clone()
         if self.scheme is None:
-            kept, share = without_replacement(normalise(old[pick]), self.kept, self.gen)
+            kept, share = without_replacement(normalise(here), self.kept, self.gen)
             grows = alive.view(self.pops, self.n)[pick].gather(1, kept)
             index[pick], share = fan_out(kept, share, grows, self.beam)
             new[pick] = level + (share * self.n).log()
         else:
-            index[pick], new[pick] = self.scheme(normalise(old[pick]), self.gen), level.expand(-1, self.n)
+            place = (room.cumsum(1) - 1).clamp_min(0)
+            drawn = self.scheme(normalise(here), self.gen, k).gather(1, place)
+            index[pick] = torch.where(room, drawn, index[pick])
+            new[pick] = torch.where(room, level, old[pick])
         if self.exact is not None:
             index[:, 0] = 0
         return index, new.flatten()

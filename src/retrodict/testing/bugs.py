@@ -78,8 +78,8 @@ def _parts(target: Target) -> tuple[TabularLM, Strings]:
 class KeepsWeights(_Run):
     """Resamples, and leaves the weights as they were: every particle is paid for twice."""
 
-    def _parents(self, log_w: Tensor, alive: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
-        index, _ = super()._parents(log_w, alive, pick)
+    def _parents(self, log_w: Tensor, alive: Tensor, room: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
+        index, _ = super()._parents(log_w, alive, room, pick)
         return index, log_w.view(self.pops, self.n).gather(1, index).flatten()
 
 

@@ -1,4 +1,5 @@
-"""Exactness of what SMC was given for tests, beams and powers: weighted rejection, steering, the alpha ramp."""
+"""Exactness of what SMC was given for tests, beams and powers: weighted rejection, steering, the alpha ramp,
+stopped particles set aside."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from retrodict.policies.awrs import AWRS
 from retrodict.policies.base import FiniteStepper
 from retrodict.records import Problem, Rollouts
 from retrodict.samplers.importance import importance
-from retrodict.samplers.resampling import STEERING, without_replacement
+from retrodict.samplers.resampling import RESAMPLERS, STEERING, without_replacement
 from retrodict.samplers.smc import _Run, conditional_smc, smc
 from retrodict.targets.algebra import Target
 from retrodict.targets.constraint import short_words
@@ -136,9 +137,9 @@ WIDE = ("short words, exact", "contains", "until")
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
-def _held(n: int, ramp: int = 0) -> Gates:
+def _held(n: int, **how: Any) -> Gates:
     """Conditional SMC of n particles: the retained one's Z-hats are drawn given its tokens."""
-    same: dict[str, Any] = {"n": n, "ess_threshold": 0.9, "ramp": ramp}
+    same: dict[str, Any] = {"n": n, "ess_threshold": 0.9, **how}
 
     def gates(case: Case, exact: list[Exact], seeds: int) -> list[Gate]:
         def sample(rows: Rollouts, runs: int, seed: int) -> Particles:
@@ -174,6 +175,11 @@ def pairs(quick: bool) -> list[Pair]:
     for ramp in (2, 9):
         out += [Pair(f"smc, ramp {ramp}", c, _weighted(smc, ramp=ramp, ess_threshold=1.0)) for c in powers]
     out += [Pair("conditional smc, ramp 2", c, _held(16, ramp=2)) for c in powers[: 1 if quick else 6]]
+    aside: dict[str, Any] = {"stopped": "aside", "ess_threshold": 1.0}
+    for scheme in tuple(RESAMPLERS)[: 1 if quick else None]:
+        name = f"smc, stopped aside, {scheme}"
+        out += [Pair(name, c, _weighted(smc, resampling=scheme, **aside)) for c in (*steered, *powers)]
+    out += [Pair("conditional smc, stopped aside", c, _held(16, **aside)) for c in powers[: 1 if quick else 6]]
     return out
 
 
@@ -220,6 +226,15 @@ class FlatRamp(_Run):
         log_pre[rows] = bare[rows]
 
 
+class Thinned(_Run):
+    """Gives the slots that are filled anew the mean over all n, those of the stopped among them."""
+
+    def _parents(self, log_w: Tensor, alive: Tensor, room: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
+        index, new = super()._parents(log_w, alive, room, pick)
+        share = (room.sum(1, keepdim=True) / self.n).log()
+        return index, torch.where(room & pick[:, None], new.view_as(room) + share, new.view_as(room)).flatten()
+
+
 def _awrs_bug(mistake: Any) -> Callable[[int], list[Gate]]:
     def gates(seeds: int) -> list[Gate]:
         case = _by(_tested(True)[0], estimator="recursive")
@@ -252,10 +267,20 @@ def _ramp_bug(seeds: int) -> list[Gate]:
     return evidence_gates(enumerate_target(target), sample, 2 * seeds)
 
 
+def _aside_bug(seeds: int) -> list[Gate]:
+    target = _powers(True)[0].target
+
+    def sample(runs: int, seed: int) -> Particles:
+        return Thinned(target, None, 16, seed, runs, 1.0, "systematic", None, None, stopped="aside").go()
+
+    return evidence_gates(enumerate_target(target), sample, 2 * seeds)
+
+
 BUGS: tuple[Bug, ...] = (
     Bug("estimator without the further draw", "awrs", _awrs_bug(patch.object(awrs, "_further", _no_further))),
     Bug("rejected tokens not excluded", "awrs", _awrs_bug(patch.object(awrs._Pool, "draw", _not_excluded))),
     Bug("retained token with a free draw's estimate", "awrs, conditional smc", _held_bug),
     Bug("kept particles weighted like the thinned", "steering", _steering_bug),
     Bug("alpha ramp without its increment", "smc, ramp", _ramp_bug),
+    Bug("the room's weight shared by the stopped as well", "smc, stopped aside", _aside_bug),
 )
