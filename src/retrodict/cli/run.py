@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from retrodict.cli.config import Plan
@@ -188,10 +188,10 @@ def _progress(what: str) -> Iterator[OnStep]:
 @contextlib.contextmanager
 def _unbroken() -> Iterator[None]:
     """Ctrl-C waits until a save is over."""
-    caught: list[Any] = []
+    caught: list[int] = []
 
-    def later(*told: Any) -> None:
-        caught.append(told)
+    def later(number: int, frame: Any) -> None:
+        caught.append(number)
 
     try:
         before: dict[int, Any] = {s: signal.signal(s, later) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -203,5 +203,5 @@ def _unbroken() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if caught and isinstance(before[signal.SIGINT], Callable) and sys.exc_info()[0] is None:
+        if any(callable(before[number]) for number in caught) and sys.exc_info()[0] is None:
             raise KeyboardInterrupt
