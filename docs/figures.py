@@ -1,7 +1,8 @@
 """Figures on the pages, out of the JSON in ``benchmarks/results``; ``python docs/figures.py`` writes them in place.
 
     <!-- figure: FILE ; PATH ; FORMAT -->...<!-- /figure -->    one number: the keys that lead to it, joined by /
-    <!-- figures: FILE ; WORDS -->...<!-- /figures -->          the rows of a suite whose name contains WORDS
+    <!-- figures: FILE ; WORDS -->...<!-- /figures -->          the rows of a suite whose name contains one of
+                                                           WORDS, joined by |; all of them without
     <!-- pivot: FILE ; METRIC -->...<!-- /pivot -->            one metric: a row for each method, a column for each name
     <!-- tally: FILE -->...<!-- /tally -->                      how many rows of a suite have a bar, and hold
 
@@ -61,7 +62,7 @@ def _cell(row: dict[str, Any], key: str) -> str:
 def table(name: str, words: str = "") -> str:
     """Rows of a suite as a table, and what they were measured on."""
     data = read(name)
-    rows = [r for r in (data or {}).get("rows", []) if words in r["name"]]
+    rows = [r for r in (data or {}).get("rows", []) if any(word.strip() in r["name"] for word in words.split("|"))]
     if not rows:
         return _missing(name)
     lines = [" | ".join(COLUMNS), "|".join("---" for _ in COLUMNS)]
