@@ -55,7 +55,8 @@ def _cell(row: dict[str, Any], key: str) -> str:
     if key == "holds":
         return "" if value is None else "yes" if value else "**no**"
     if isinstance(value, float | int):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        error = re.match(r" ?\+- ?[^,;]+", str(row.get("note") or "")) if key == "value" else None
+        return (f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}") + (f" {error[0].strip()}" if error else "")
     return str(value or "").replace("|", "\\|")
 
 
